@@ -1,0 +1,84 @@
+"""Efficient attention for pretrained models: kernels, conversion, distillation.
+
+`import attnopt` is cheap: torch, triton and transformers are loaded when a name that needs them is
+first used. The kernels are `attnopt.kernels.*`; in a checkout they lie in the folder `kernels`
+beside this package, not in it.
+"""
+
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "lastk_attention": "attnopt.kernels.lastk.op",
+    "lastk_decode": "attnopt.kernels.lastk.op",
+    "sliding_window_attention": "attnopt.kernels.lastk.op",
+    "LastK": "attnopt.config",
+    "Masks": "attnopt.config",
+    "NthLast": "attnopt.config",
+    "Window": "attnopt.config",
+    "First": "attnopt.config",
+    "Every": "attnopt.config",
+    "convert": "attnopt.convert",
+    "revert": "attnopt.convert",
+    "from_pretrained": "attnopt.convert",
+    "mechanisms": "attnopt.convert",
+    "dense_attention": "attnopt.convert",
+    "UserError": "attnopt.errors",
+}
+
+if TYPE_CHECKING:
+    from attnopt.config import Every, First, LastK, Masks, NthLast, Window
+    from attnopt.convert import convert, dense_attention, from_pretrained, mechanisms, revert
+    from attnopt.errors import UserError
+    from attnopt.kernels.lastk.op import lastk_attention, lastk_decode, sliding_window_attention
+
+__all__ = [
+    "Every",
+    "First",
+    "LastK",
+    "Masks",
+    "NthLast",
+    "UserError",
+    "Window",
+    "__version__",
+    "convert",
+    "dense_attention",
+    "from_pretrained",
+    "lastk_attention",
+    "lastk_decode",
+    "mechanisms",
+    "revert",
+    "sliding_window_attention",
+]
+
+# A checkout keeps `kernels` beside the package: let `attnopt.kernels` be found there.
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(__path__[0]))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+class _Package(ModuleType):
+    """Importing the submodule `attnopt.convert` must not hide the function `attnopt.convert`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

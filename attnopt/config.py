@@ -1,0 +1,201 @@
+"""What replaces a layer's attention: plain dataclasses that import nothing and travel as JSON.
+
+`LastK` and `Masks` are mechanisms; `NthLast`, `Window`, `First` and `Every` are the candidate masks
+that `Masks` mixes. Positions count from a row's first real token, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+INITS = ("zeros", "random")
+BACKENDS = ("auto", "triton", "eager", "reference")
+
+
+def _check_count(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}; got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+@dataclass(frozen=True)
+class LastK:
+    """Softmax over the last `window` tokens and the first `sinks`, each with a learned weight.
+
+    The weight of an offset is `sigmoid(alpha)`, one alpha per offset and one per sink.
+
+    Args:
+        window: tokens a query sees, itself included; at least 1.
+        sinks: first tokens of the text that stay visible to every later token; 0 for none.
+        per_head: one set of alphas per head instead of one per layer.
+        init: "zeros" (every weight 1/2, which is plain sliding-window attention) or "random"
+            (alpha from a standard normal; `torch.manual_seed` fixes it).
+        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses.
+
+    Raises:
+        ValueError: a value outside these.
+    """
+
+    mechanism: ClassVar[str] = "lastk"
+
+    window: int = 5
+    sinks: int = 0
+    per_head: bool = False
+    init: str = "zeros"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_count("window", self.window, 1)
+        _check_count("sinks", self.sinks, 0)
+        _check_flag("per_head", self.per_head)
+        _check_choice("init", self.init, INITS)
+        _check_choice("backend", self.backend, BACKENDS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON types; `config_from_dict` reads it back."""
+        return {"mechanism": self.mechanism, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class NthLast:
+    """Candidate mask: the n-th last token alone; n = 0 is the token itself."""
+
+    candidate: ClassVar[str] = "nth_last"
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count("n of NthLast", self.n, 0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Candidate mask: the last `size` tokens, the token itself included."""
+
+    candidate: ClassVar[str] = "window"
+    size: int
+
+    def __post_init__(self) -> None:
+        _check_count("size of Window", self.size, 1)
+
+
+@dataclass(frozen=True)
+class First:
+    """Candidate mask: the first `count` real tokens, which then belong to `First` masks alone."""
+
+    candidate: ClassVar[str] = "first"
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_count("count of First", self.count, 1)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Candidate mask: every token so far. A set with it runs dense, in quadratic time."""
+
+    candidate: ClassVar[str] = "every"
+
+
+Candidate = NthLast | Window | First | Every
+_CANDIDATES = {cls.candidate: cls for cls in (NthLast, Window, First, Every)}
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Softmax under a learned mixture of candidate masks, `m = sum_c sigmoid(alpha_c) M_c`.
+
+    Sets of `NthLast`, `Window` and `First` run on the band kernel in linear time; a set with
+    `Every` runs on `F.scaled_dot_product_attention`.
+
+    Args:
+        candidates: the masks, each at most once; by default the last five tokens one by one.
+        per_head: one set of alphas per head instead of one per layer.
+        init: "zeros" or "random", as in `LastK`.
+        backend: as in `LastK`; a set with `Every` has no other than "auto".
+
+    Raises:
+        ValueError: a value outside these.
+    """
+
+    mechanism: ClassVar[str] = "masks"
+
+    candidates: tuple[Candidate, ...] = tuple(NthLast(n) for n in range(5))
+    per_head: bool = False
+    init: str = "zeros"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        valid = ", ".join(cls.__name__ for cls in _CANDIDATES.values())
+        if not isinstance(self.candidates, Iterable):
+            raise ValueError(f"candidates must be a list of {valid}; got {self.candidates!r}")
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        for candidate in self.candidates:
+            if not isinstance(candidate, tuple(_CANDIDATES.values())):
+                raise ValueError(f"a candidate must be one of {valid}; got {candidate!r}")
+        if not self.candidates:
+            raise ValueError(f"candidates must name at least one of {valid}; got none")
+        if len(set(self.candidates)) < len(self.candidates):
+            raise ValueError(f"every candidate may occur once; got {self.candidates}")
+        _check_flag("per_head", self.per_head)
+        _check_choice("init", self.init, INITS)
+        _check_choice("backend", self.backend, ("auto",) if self.dense else BACKENDS)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the set holds `Every` and so sees all of the past."""
+        return Every() in self.candidates
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON types; `config_from_dict` reads it back."""
+        candidates = [{"candidate": c.candidate, **asdict(c)} for c in self.candidates]
+        return {"mechanism": self.mechanism, **asdict(self), "candidates": candidates}
+
+
+Config = LastK | Masks
+MECHANISMS = {cls.mechanism: cls for cls in (LastK, Masks)}
+
+
+def config_from_dict(data: Mapping[str, Any]) -> Config:
+    """Read back what a config's `to_dict` wrote.
+
+    Args:
+        data: the mapping, as Python or JSON made it.
+
+    Returns:
+        The config; equal to the one written.
+
+    Raises:
+        ValueError: an unknown mechanism, candidate or field, or a value the config refuses.
+    """
+    values = dict(data)
+    if "candidates" in values:
+        values["candidates"] = tuple(
+            _build(_CANDIDATES, "candidate", entry) for entry in values["candidates"]
+        )
+    return _build(MECHANISMS, "mechanism", values)
+
+
+def _build(classes: Mapping[str, type], key: str, data: Mapping[str, Any]) -> Any:
+    """An instance of the class that `data[key]` names, from the other entries."""
+    name: Any = data.get(key)
+    if name not in classes:
+        raise ValueError(f"{key} must be one of {', '.join(classes)}; got {name!r}")
+    values = {field: value for field, value in data.items() if field != key}
+    known = [field.name for field in fields(classes[name])]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name} has the fields {', '.join(known)}; got {', '.join(unknown)}")
+    try:
+        return classes[name](**values)
+    except TypeError as error:
+        raise ValueError(f"{name} needs the fields {', '.join(known)}; got {values}") from error

@@ -1,0 +1,231 @@
+"""Text as blocks of tokens: the demo, WikiText, a local file, or any text set on the Hub.
+
+Every source ends up the same way: rows of text are tokenized, their tokens laid end to end, and
+the long sequence cut into blocks of equal length. What is left over at the end is dropped.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetDict, Value, load_dataset
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from attnopt.demo_text import docstring_documents
+from attnopt.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+SPLITS = ("train", "validation", "test")
+# Cut from the end of a source that has no validation split of its own.
+HELD_OUT_FRACTION = 0.1
+WIKITEXT = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
+}
+# File ending -> (builder of the datasets library, its options).
+FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"keep_linebreaks": True}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+_SPLIT_NAMES = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Source:
+    rows: Dataset  # one column of text
+    documents: bool  # rows are documents (an end-of-text token follows each), not lines of one
+    share: Literal["all", "head", "tail"]  # which part of the blocks belongs to the split
+
+
+def load_blocks(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    split: Split = "train",
+    text_column: str | None = None,
+    validation: str | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+) -> Dataset:
+    """Return the blocks of one split: a Dataset whose column "input_ids" is [block_size] int32.
+
+    spec: "demo", "wikitext-2", "wikitext-103", a file (.txt, .jsonl, .parquet), or the id of a
+    text set on the Hub, with ":config" after it where it has several. A file wins over an id.
+    split: a file is "train" up to its last tenth of blocks, "validation" in that tenth, and
+    "test" as a whole: testing on a file means a file that training never saw. The demo's test
+    split is its validation split. Sets on the Hub use their own splits, and where they have no
+    validation split the last tenth of train.
+    text_column: of .jsonl, .parquet and Hub sets; "text", or the only column of strings, if None.
+    validation: a second file, used whole for "validation"; then all of `spec` is "train".
+    seed, max_tokens: keep a random choice of at most this many tokens' worth of blocks, in order.
+
+    Raises UserError when the source cannot be read or holds less than one block.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if block_size < 1:
+        raise UserError(f"the block size must be at least 1 token; got {block_size}")
+    source = _open(spec, split, text_column, validation)
+    blocks = _cut(_tokenize(source, tokenizer), block_size)
+    held_out = max(1, round(HELD_OUT_FRACTION * len(blocks)))
+    if source.share == "head":
+        blocks = blocks.select(range(len(blocks) - held_out))
+    elif source.share == "tail":
+        blocks = blocks.select(range(len(blocks) - held_out, len(blocks)))
+    if max_tokens is not None and (keep := max(1, max_tokens // block_size)) < len(blocks):
+        blocks = blocks.select(sorted(random.Random(seed).sample(range(len(blocks)), keep)))
+    if len(blocks) == 0:
+        raise UserError(
+            f"--data {spec} holds too little text for its {split} split: less than one block of "
+            f"{block_size} tokens; pass a smaller --block-size or more text"
+        )
+    return blocks
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack rows of "input_ids" to {"input_ids", "labels"} [B, T] int64, padding on the right.
+
+    "attention_mask" [B, T] is there only when rows differ in length, and labels are -100 where it
+    is 0. Rows may bring their own "attention_mask" or "labels".
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        count = len(row["input_ids"])
+        ids[i, :count] = torch.as_tensor(row["input_ids"])
+        mask[i, :count] = torch.as_tensor(row.get("attention_mask", 1))
+        labels[i, :count] = torch.as_tensor(row.get("labels", row["input_ids"]))
+    labels.masked_fill_(mask == 0, -100)
+    batch = {"input_ids": ids, "labels": labels}
+    return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
+
+
+def is_file(spec: str) -> bool:
+    """Return whether a data spec names a local file rather than the demo or a set on the Hub."""
+    return spec != "demo" and spec not in WIKITEXT and (
+        Path(spec).exists() or Path(spec).suffix in FILE_BUILDERS or not _HUB_ID.fullmatch(spec)
+    )
+
+
+def _open(spec: str, split: Split, column: str | None, validation: str | None) -> _Source:
+    if validation is not None and split == "validation":
+        return _open_file(validation, "all", column)
+    if is_file(spec):
+        shares = {"train": "head" if validation is None else "all", "validation": "tail"}
+        return _open_file(spec, shares.get(split, "all"), column)
+    if spec == "demo":
+        return _Source(Dataset.from_dict({"text": docstring_documents(split)}), True, "all")
+    return _open_hub(spec, split, column, cut=validation is None)
+
+
+def _open_file(spec: str, share: Any, column: str | None) -> _Source:
+    path, endings = Path(spec).expanduser(), ", ".join(FILE_BUILDERS)
+    if path.suffix not in FILE_BUILDERS:
+        raise UserError(f"--data {spec}: cannot read this file ending; supported are {endings}")
+    if not path.is_file():
+        raise UserError(f"--data {spec}: there is no such file (supported endings: {endings})")
+    builder, options = FILE_BUILDERS[path.suffix]
+    try:
+        rows = load_dataset(builder, data_files=str(path), split="train", **options)
+    except Exception as error:  # the builders wrap what went wrong in errors of many kinds
+        cause = error.__cause__ or error
+        raise UserError(f"--data {spec}: cannot be read as {path.suffix}: {_line(cause)}") from error
+    is_text = path.suffix == ".txt"
+    return _Source(_text_column(rows, spec, "text" if is_text else column), not is_text, share)
+
+
+def _open_hub(spec: str, split: Split, column: str | None, cut: bool) -> _Source:
+    name, _, config = WIKITEXT.get(spec, spec).partition(":")
+    _check_reachable(spec, name)
+    try:
+        splits = load_dataset(name, config or None)
+    except Exception as error:  # anything from a broken script to a missing configuration
+        raise UserError(
+            f"--data {spec}: cannot be loaded: {_line(error)}; a local file works without "
+            "network: --data PATH (.txt, .jsonl or .parquet)"
+        ) from error
+    assert isinstance(splits, DatasetDict)
+    own = {s: next((n for n in names if n in splits), None) for s, names in _SPLIT_NAMES.items()}
+    has_validation = own["validation"] is not None
+    if split == "train" or (split == "validation" and not has_validation):
+        chosen, share = "train", "head" if split == "train" else "tail"
+        share = "all" if split == "train" and (has_validation or not cut) else share
+    else:
+        chosen, share = own[split] or own["validation"] or "train", "all"
+        share = "tail" if chosen == "train" else "all"
+    if chosen not in splits:
+        raise UserError(f"--data {spec} has no split {chosen!r}; it has {', '.join(splits)}")
+    rows = _text_column(splits[chosen], spec, column)
+    return _Source(rows, spec not in WIKITEXT, share)
+
+
+def _check_reachable(spec: str, name: str) -> None:
+    # load_dataset alone would retry for 23 seconds before it says that there is no network.
+    if constants.HF_HUB_OFFLINE:
+        return  # then it fails, or finds its cached copy, at once
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise UserError(f"--data {spec}: this set on the Hub asks for a login first") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"--data {spec}: neither a file here nor a text set on the Hub; files end in "
+            f"{', '.join(FILE_BUILDERS)}"
+        ) from error
+    except Exception as error:  # the HTTP library's own family of network errors
+        raise UserError(
+            f"--data {spec}: cannot reach the Hub ({_line(error)}); pass a local file, --data PATH "
+            "(.txt, .jsonl or .parquet), or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
+        ) from error
+
+
+def _text_column(rows: Dataset, spec: str, column: str | None) -> Dataset:
+    strings = [n for n, f in rows.features.items() if f in (Value("string"), Value("large_string"))]
+    if column is None:
+        column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if column not in strings:
+        raise UserError(
+            f"--data {spec}: name its column of text with --text-column; columns of strings are: "
+            f"{', '.join(strings) or 'none'}"
+        )
+    rows = rows.select_columns(column)
+    return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def _tokenize(source: _Source, tokenizer: PreTrainedTokenizerBase) -> pa.Array:
+    eos = tokenizer.eos_token_id
+    end = [eos] if source.documents and eos is not None else []
+
+    def encode(batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        texts = [text or "" for text in batch["text"]]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [[*ids, *end] for ids in encoded]}
+
+    tokens = source.rows.map(
+        encode, batched=True, remove_columns=source.rows.column_names, desc="Tokenizing"
+    )
+    chunks = tokens.with_format("arrow")["input_ids"][:] if len(tokens) else pa.chunked_array([[]])
+    return chunks.combine_chunks().flatten().cast(pa.int32())
+
+
+def _cut(tokens: pa.Array, block_size: int) -> Dataset:
+    count = len(tokens) // block_size
+    values = tokens.slice(0, count * block_size)
+    return Dataset(pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)}))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,106 @@
+"""Run folders as the report reads them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnopt.errors import UserError
+
+# File of a run folder -> (what the report loses without it, what writes it).
+PARTS = {
+    "history": ("loss, validation and coefficient curves, cost of training", "attnopt distill"),
+    "evaluation": ("the comparison of teacher, zero-shot and student", "attnopt evaluate"),
+    "generation": ("generated text, time and memory of generation", "attnopt generate --compare"),
+    "masks": ("mask heatmaps", "attnopt evaluate"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: `about` is its run.json, the other parts are None where there is no file."""
+
+    name: str
+    label: str
+    about: dict[str, Any]
+    history: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    generation: dict[str, Any] | None
+    masks: dict[str, Any] | None
+
+    def missing(self) -> list[str]:
+        """The parts that are not there, by name."""
+        return [part for part in PARTS if getattr(self, part) is None]
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one column of the history, where the run recorded a number."""
+        rows = (self.history or {}).get("rows", [])
+        points = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def cost(self) -> dict[str, float]:
+        """Steps, seconds and peak megabytes of training; only what was recorded."""
+        rows = (self.history or {}).get("rows", [])
+        names = {
+            "steps": "step",
+            "wall_seconds": "wall_seconds",
+            "cpu_seconds": "cpu_seconds",
+            "peak_cpu_memory_mb": "cpu_memory_mb",
+            "peak_gpu_memory_mb": "gpu_memory_mb",
+        }
+        found = {n: [r[k] for r in rows if _is_number(r.get(k))] for n, k in names.items()}
+        return {name: max(values) for name, values in found.items() if values}
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, in order, with labels that tell them apart.
+
+    Raises UserError when there is none, a folder is no run, or a file is not readable JSON.
+    """
+    if not folders:
+        raise UserError("a report needs at least one run folder, as `attnopt distill` writes them")
+    abouts = [_read(folder, "run") for folder in folders]
+    for folder, about in zip(folders, abouts, strict=True):
+        if about is None:
+            raise UserError(f"{folder} is not a run folder: it has no run.json")
+    labels = [describe(about.get("attention")) for about in abouts if about is not None]
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for folder, about, label, name in zip(folders, abouts, labels, names, strict=True):
+        parts = {part: _read(folder, part) for part in PARTS}
+        unique = label if labels.count(label) == 1 else f"{label} ({name})"
+        runs.append(Run(name=name, label=unique, about=about or {}, **parts))
+    return runs
+
+
+def describe(attention: Mapping[str, Any] | None) -> str:
+    """A short name for an attention config: "last-5", "last-32 + 4 sinks", "5 masks"."""
+    if not attention:
+        return "student"
+    if "mechanism" not in attention:  # one config per layer
+        distinct = list(dict.fromkeys(describe(config) for config in attention.values()))
+        return " / ".join(distinct)
+    per_head = ", per head" if attention.get("per_head") else ""
+    if attention["mechanism"] == "lastk":
+        sinks = attention.get("sinks", 0)
+        extra = f" + {sinks} sink{'s' if sinks > 1 else ''}" if sinks else ""
+        return f"last-{attention['window']}{extra}{per_head}"
+    if attention["mechanism"] == "masks":
+        return f"{len(attention['candidates'])} masks{per_head}"
+    return str(attention["mechanism"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _read(folder: Path, part: str) -> dict[str, Any] | None:
+    path = folder / f"{part}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

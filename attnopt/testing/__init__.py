@@ -1,0 +1,9 @@
+"""What tests, benchmarks and measuring tools enumerate: every op and phase, with inputs.
+
+`cases()` lists them and `force_triton()` sends ops to their Triton kernels on any device.
+"""
+
+from attnopt.testing.case import Case, cases
+from attnopt.testing.interpreter import force_triton
+
+__all__ = ["Case", "cases", "force_triton"]

@@ -1,0 +1,294 @@
+"""The report: every part of a run is shown, what is missing is said, nothing leaves the page."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from attnopt.errors import UserError
+from attnopt.report import write_report
+from attnopt.report.page import byte_count, number
+from attnopt.report.plots import Line, Panel, line_panels, smooth
+from attnopt.report.runs import describe
+from attnopt.report.style import svg
+
+STEPS = 20
+
+
+def write_run(folder, window=3, sinks=0, heads=1, ratio=1.05, control=1.62, skip=()):
+    """A small run folder with every part that `skip` does not name."""
+    coefficients = {"offsets": [f"{n} back" for n in range(window)]}
+    if sinks:
+        coefficients["sinks"] = [f"token {n}" for n in range(sinks)]
+
+    def values(step):
+        rows = {k: [[0.5 + 0.01 * step] * len(v)] * heads for k, v in coefficients.items()}
+        return rows if heads > 1 else {k: v[0] for k, v in rows.items()}
+
+    def model(r):
+        kl = math.log(r)
+        return {"kl": kl, "reverse_kl": kl, "ce": 1.7 + kl, "perplexity": 5.47 * r} | {
+            "perplexity_ratio": r,
+            "top1_agreement": 1 / r,
+        }
+
+    rows = [
+        {"step": s, "loss": 2 / s + 0.1, "kl": 1 / s, "wall_seconds": 0.5 * s}
+        | {"cpu_seconds": 0.4 * s, "cpu_memory_mb": 300.0 + s, "gpu_memory_mb": None}
+        | ({"eval_kl": 1 / s, "eval_perplexity": 6.0, "eval_top1": 0.9} if s % 5 == 0 else {})
+        for s in range(1, STEPS + 1)
+    ]
+    parts = {
+        "run": {
+            "command": "distill",
+            "argv": ["attnopt", "distill", "--data", "my text.txt"],
+            "versions": {"torch": "2.13.0"},
+            "data": "my text.txt",
+            "attention": {"mechanism": "lastk", "window": window, "sinks": sinks},
+            "training": {"learning_rate": 0.001},
+            "teacher": "gpt2",
+        },
+        "history": {
+            "rows": rows,
+            "coefficients": [
+                {"step": s, "layers": {"0": values(s), "1": values(s)}} for s in (0, 10, 20)
+            ],
+            "labels": {"0": coefficients, "1": coefficients},
+        },
+        "evaluation": {
+            "data": "my text.txt",
+            "tokens": 4096,
+            "control_self_only_kl": control,
+            "models": {"teacher": model(1.0), "zero-shot": model(1.2), "student": model(ratio)},
+        },
+        "generation": {
+            "settings": {"temperature": 0.7},
+            "samples": [{"prompt": "a <b>", "teacher": "t & t", "student": "<script>x</script>"}],
+            "timing": [
+                {"model": m, "new_tokens": n, "seconds": n / 100, "cache_bytes": n * 1000}
+                for m in ("teacher", "student")
+                for n in (16, 64, 256)
+            ],
+        },
+        "masks": {"layers": {"0": np.tril(np.full((heads, 6, 6), 1 / 3)).tolist()}},
+    }
+    folder.mkdir(parents=True)
+    for part in parts.keys() - set(skip):
+        (folder / f"{part}.json").write_text(json.dumps(parts[part]))
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags close in order."""
+
+    VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        names = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.addresses += [v for k, v in attrs if k in names]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def report(tmp_path, *folders):
+    page = write_report(list(folders), tmp_path / "out")
+    assert page == tmp_path / "out" / "report.html"
+    return page.read_text(), json.loads(page.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The page and the numbers of a report on two complete runs."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = write_run(folder / "a"), write_run(folder / "b", 12, 4, heads=2, ratio=1.015)
+    return report(folder, *runs)
+
+
+def test_the_page_needs_nothing_but_itself(full):
+    page = Page(full[0])
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    outside = [a for a in page.addresses if not a.startswith(("#", "data:"))]
+    assert not outside
+    assert not re.search(r"url\((?!#)|@import", full[0])
+
+
+def test_every_section_is_there(full):
+    page = Page(full[0])
+    for words in (
+        "last-3 and last-12 + 4 sinks against the teacher",
+        "Control:",
+        "1.62 nats",
+        "How close the students are",
+        "Coefficients over training",
+        "Masks",
+        "Cost of training",
+        "Generation: time and memory",
+        "What they write",
+        "attnopt distill --data 'my text.txt'",
+        "torch 2.13.0",
+    ):
+        assert words in page.text, words
+    assert "Missing here" not in page.text
+    # loss, validation, coefficients and masks of each run, training cost, generation
+    assert page.tags.count("svg") == 8
+
+
+def test_tables_hold_the_numbers(full):
+    text = Page(full[0]).text
+    for value in ("1.050", "1.015", "1.200", f"{math.log(1.05):#.4g}", "95.2 %", "4,096 tokens"):
+        assert value in text, value
+    assert re.search(r"256 2\.56 2\.56 256 kB 256 kB", text)
+    assert "peak CPU memory" in text and "320.0" in text
+
+
+def test_a_shared_teacher_has_one_row(full):
+    table = full[0][full[0].index("How close") : full[0].index("Zero-shot is")]
+    assert table.count("</span>teacher</th>") == 1
+    assert table.count("zero-shot</td>") == 2
+
+
+def test_text_is_escaped(full):
+    assert "&lt;script&gt;x&lt;/script&gt;" in full[0]
+    assert "a &lt;b&gt;" in full[0]
+    assert "t &amp; t" in full[0]
+
+
+def test_numbers_lie_beside_the_page(full):
+    first, second = full[1]["runs"]
+    assert first["label"] == "last-3"
+    assert second["evaluation"]["models"]["student"]["perplexity_ratio"] == 1.015
+    assert first["cost"] == {
+        "steps": STEPS,
+        "wall_seconds": 10.0,
+        "cpu_seconds": 8.0,
+        "peak_cpu_memory_mb": 320.0,
+    }
+    assert len(first["history"]["rows"]) == STEPS
+    assert first["masks"]["layers"]["0"][0][1] == [0.3333, 0.3333, 0, 0, 0, 0]
+
+
+def test_pictures_take_the_color_of_the_page(full):
+    assert "#010203" not in full[0]
+    assert "currentColor" in full[0]
+
+
+@pytest.mark.parametrize("part", ["history", "evaluation", "generation", "masks"])
+def test_a_missing_part_is_said_to_be_missing(part, tmp_path):
+    html, numbers = report(tmp_path, write_run(tmp_path / "a", skip=[part]))
+    page = Page(html)
+    assert f"no {part}.json" in page.text.replace(" .json", ".json")
+    assert numbers["runs"][0]["missing"] == [part]
+    absent = {
+        "history": "Coefficients over training",
+        "evaluation": "How close",
+        "generation": "What they write",
+        "masks": "Masks ",
+    }
+    assert absent[part] not in page.text
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    everything = ["history", "evaluation", "generation", "masks"]
+    page = Page(report(tmp_path, write_run(tmp_path / "a", skip=everything))[0])
+    assert "svg" not in page.tags
+    assert "How to repeat it" in page.text
+
+
+def test_a_weak_teacher_is_called_weak(tmp_path):
+    html, _ = report(tmp_path, write_run(tmp_path / "a", control=0.49))
+    assert "draw no conclusions" in html
+    html, _ = report(tmp_path, write_run(tmp_path / "b", control=0.51))
+    assert "draw no conclusions" not in html
+
+
+def test_nan_does_not_reach_the_json(tmp_path):
+    run = write_run(tmp_path / "a")
+    history = json.loads((run / "history.json").read_text())
+    history["rows"][3]["kl"] = math.nan
+    (run / "history.json").write_text(json.dumps(history))
+    _, numbers = report(tmp_path, run)
+    assert numbers["runs"][0]["history"]["rows"][3]["kl"] is None
+
+
+def test_equal_configs_are_told_apart_by_folder(tmp_path):
+    html, _ = report(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b"))
+    assert "last-3 (a)" in html and "last-3 (b)" in html
+
+
+def test_user_mistakes(tmp_path):
+    with pytest.raises(UserError, match="at least one run folder"):
+        write_report([], tmp_path)
+    with pytest.raises(UserError, match="is not a run folder: it has no run.json"):
+        write_report([tmp_path], tmp_path)
+    run = write_run(tmp_path / "a")
+    (run / "history.json").write_text('{"rows": [')
+    with pytest.raises(UserError, match=r"cannot read .*history.json"):
+        write_report([run], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report([write_run(tmp_path / "b")], tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"mechanism": "lastk", "window": 5}, "last-5"),
+        ({"mechanism": "lastk", "window": 32, "sinks": 4}, "last-32 + 4 sinks"),
+        ({"mechanism": "lastk", "window": 2, "sinks": 1, "per_head": True}, "last-2 + 1 sink, per head"),
+        ({"mechanism": "masks", "candidates": [{}] * 3}, "3 masks"),
+        ({"0": {"mechanism": "lastk", "window": 5}, "1": {"mechanism": "lastk", "window": 9}},
+         "last-5 / last-9"),
+        (None, "student"),
+    ],
+)  # fmt: skip
+def test_short_names(config, name):
+    assert describe(config) == name
+
+
+def test_numbers_are_short():
+    assert [number(x) for x in (None, 0.0, 3, 0.056871, 1.0523, 12.346, 12345.6)] == [
+        "–", "0", "3", "0.05687", "1.052", "12.35", "12,346",
+    ]  # fmt: skip
+    assert [byte_count(x) for x in (None, 20480, 4.19e6)] == ["–", "20 kB", "4.19 MB"]
+
+
+def test_the_moving_average_has_no_bias():
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([0.0, 1.0], weight=0.5) == pytest.approx([0.0, 2 / 3])
+
+
+def test_line_ends_are_labeled_without_overlap():
+    lines = [Line(f"run {i}", "#123456", [0, 1], [0, 1 + i / 1000]) for i in range(5)]
+    figure = line_panels([Panel("title", "step", lines)])
+    heights = sorted(text.xy[1] for text in figure.axes[0].texts)
+    gaps = np.diff(heights)
+    assert len(heights) == 5 and gaps.min() > 0.03
+    assert heights[-1] <= 1.0
+    assert 'aria-label="a &lt;b&gt; &quot;c&quot;"' in svg(figure, 'a <b> "c"')
