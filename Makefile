@@ -36,7 +36,7 @@ lint: $(STAMP)
 	@cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest -q bench -p no:xdist
+	@$(BIN)/python -m pytest -q bench -p no:xdist --benchmark-columns=min,median,iqr,rounds --benchmark-sort=min
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -14,14 +14,15 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, Value, load_dataset
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from attnopt.demo_text import docstring_documents
 from attnopt.errors import UserError
+from attnopt.hub import one_line, why_unreachable
 
 Split = Literal["train", "validation", "test"]
+_Share = Literal["all", "head", "tail"]  # which part of the blocks belongs to the split
 SPLITS = ("train", "validation", "test")
 # Cut from the end of a source that has no validation split of its own.
 HELD_OUT_FRACTION = 0.1
@@ -35,16 +36,16 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_SPLIT_NAMES = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_HUB_TIMEOUT_S = 5.0
+_VALIDATION = ("validation", "valid", "dev", "val")
+_SPLIT_NAMES = {"train": ("train",), "validation": _VALIDATION, "test": ("test", *_VALIDATION)}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class _Source:
     rows: Dataset  # one column of text
     documents: bool  # rows are documents (an end-of-text token follows each), not lines of one
-    share: Literal["all", "head", "tail"]  # which part of the blocks belongs to the split
+    share: _Share
 
 
 def load_blocks(
@@ -115,81 +116,71 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def is_file(spec: str) -> bool:
     """Return whether a data spec names a local file rather than the demo or a set on the Hub."""
-    return spec != "demo" and spec not in WIKITEXT and (
-        Path(spec).exists() or Path(spec).suffix in FILE_BUILDERS or not _HUB_ID.fullmatch(spec)
-    )
+    if spec == "demo" or spec in WIKITEXT:
+        return False
+    looks = Path(spec).suffix in FILE_BUILDERS or ("." in spec and "/" not in spec)
+    return looks or not _HUB_ID.fullmatch(spec) or Path(spec).expanduser().exists()
 
 
 def _open(spec: str, split: Split, column: str | None, validation: str | None) -> _Source:
     if validation is not None and split == "validation":
         return _open_file(validation, "all", column)
     if is_file(spec):
-        shares = {"train": "head" if validation is None else "all", "validation": "tail"}
-        return _open_file(spec, shares.get(split, "all"), column)
+        head: _Share = "head" if validation is None else "all"
+        shares: dict[str, _Share] = {"train": head, "validation": "tail", "test": "all"}
+        return _open_file(spec, shares[split], column)
     if spec == "demo":
         return _Source(Dataset.from_dict({"text": docstring_documents(split)}), True, "all")
     return _open_hub(spec, split, column, cut=validation is None)
 
 
-def _open_file(spec: str, share: Any, column: str | None) -> _Source:
+def _open_file(spec: str, share: _Share, column: str | None) -> _Source:
     path, endings = Path(spec).expanduser(), ", ".join(FILE_BUILDERS)
-    if path.suffix not in FILE_BUILDERS:
-        raise UserError(f"--data {spec}: cannot read this file ending; supported are {endings}")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"--data {spec}: there is no such file (supported endings: {endings})")
+    if path.suffix not in FILE_BUILDERS or not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a kind of file that can be read"
+        raise UserError(f"--data {spec}: this is {kind}; supported are files ending in {endings}")
+    if path.stat().st_size == 0:
+        raise UserError(f"--data {spec}: the file is empty")
     builder, options = FILE_BUILDERS[path.suffix]
     try:
         rows = load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # the builders wrap what went wrong in errors of many kinds
         cause = error.__cause__ or error
-        raise UserError(f"--data {spec}: cannot be read as {path.suffix}: {_line(cause)}") from error
+        raise UserError(
+            f"--data {spec}: cannot be read as {path.suffix}: {one_line(cause)}"
+        ) from error
     is_text = path.suffix == ".txt"
     return _Source(_text_column(rows, spec, "text" if is_text else column), not is_text, share)
 
 
 def _open_hub(spec: str, split: Split, column: str | None, cut: bool) -> _Source:
-    name, _, config = WIKITEXT.get(spec, spec).partition(":")
-    _check_reachable(spec, name)
-    try:
-        splits = load_dataset(name, config or None)
-    except Exception as error:  # anything from a broken script to a missing configuration
-        raise UserError(
-            f"--data {spec}: cannot be loaded: {_line(error)}; a local file works without "
-            "network: --data PATH (.txt, .jsonl or .parquet)"
-        ) from error
-    assert isinstance(splits, DatasetDict)
-    own = {s: next((n for n in names if n in splits), None) for s, names in _SPLIT_NAMES.items()}
-    has_validation = own["validation"] is not None
-    if split == "train" or (split == "validation" and not has_validation):
-        chosen, share = "train", "head" if split == "train" else "tail"
-        share = "all" if split == "train" and (has_validation or not cut) else share
-    else:
-        chosen, share = own[split] or own["validation"] or "train", "all"
-        share = "tail" if chosen == "train" else "all"
-    if chosen not in splits:
-        raise UserError(f"--data {spec} has no split {chosen!r}; it has {', '.join(splits)}")
-    rows = _text_column(splits[chosen], spec, column)
+    splits = _load_from_hub(spec)
+    has_validation = any(name in splits for name in _SPLIT_NAMES["validation"])
+    own = next((name for name in _SPLIT_NAMES[split] if name in splits), None)
+    if own is None and "train" not in splits:
+        raise UserError(f"--data {spec} has no {split} split; it has {', '.join(splits)}")
+    share: _Share = "tail" if own is None else "all"
+    if split == "train" and cut and not has_validation:
+        share = "head"
+    rows = _text_column(splits[own or "train"], spec, column)
     return _Source(rows, spec not in WIKITEXT, share)
 
 
-def _check_reachable(spec: str, name: str) -> None:
-    # load_dataset alone would retry for 23 seconds before it says that there is no network.
-    if constants.HF_HUB_OFFLINE:
-        return  # then it fails, or finds its cached copy, at once
+def _load_from_hub(spec: str) -> DatasetDict:
+    name, _, config = WIKITEXT.get(spec, spec).partition(":")
+    local = "a local file works without network: --data PATH (.txt, .jsonl or .parquet)"
+    reason = why_unreachable("dataset", name, flag="--data")
+    if reason is not None and not constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"--data {spec}: no such file, and the Hub cannot be reached ({reason}); {local}; "
+            "or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
+        )
     try:
-        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
-    except GatedRepoError as error:
-        raise UserError(f"--data {spec}: this set on the Hub asks for a login first") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"--data {spec}: neither a file here nor a text set on the Hub; files end in "
-            f"{', '.join(FILE_BUILDERS)}"
-        ) from error
-    except Exception as error:  # the HTTP library's own family of network errors
-        raise UserError(
-            f"--data {spec}: cannot reach the Hub ({_line(error)}); pass a local file, --data PATH "
-            "(.txt, .jsonl or .parquet), or set HF_HUB_OFFLINE=1 to use a copy downloaded before"
-        ) from error
+        return load_dataset(name, config or None)
+    except Exception as error:  # anything from a missing configuration to no cached copy
+        raise UserError(f"--data {spec}: cannot be loaded: {one_line(error)}; {local}") from error
 
 
 def _text_column(rows: Dataset, spec: str, column: str | None) -> Dataset:
@@ -225,7 +216,3 @@ def _cut(tokens: pa.Array, block_size: int) -> Dataset:
     count = len(tokens) // block_size
     values = tokens.slice(0, count * block_size)
     return Dataset(pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, block_size)}))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,46 +1,133 @@
-"""What every training command does before and after: models, tokenizers, run folders."""
+"""What training commands have in common: models and tokenizers by name, and what they record."""
 
-import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import torch.distributed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2TokenizerFast,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 import attnopt
-from attnopt.checkpoints import check_model_folder, prepare_folder, write_folder, write_json
+import attnopt.convert.families  # noqa: F401  registers the converted models with AutoModel
+from attnopt.checkpoints import check_model_folder, newest_complete
 from attnopt.errors import UserError
+from attnopt.hub import one_line, why_unreachable
 from attnopt.trainer import DistillationArguments, DistillationTrainer
 
-_VERSIONS = ("torch", "transformers", "datasets", "triton")
+_VERSIONED = ("torch", "transformers", "datasets", "triton")
+_SETTINGS = (
+    "kl_weight",
+    "ce_weight",
+    "l1_weight",
+    "direction",
+    "temperature",
+    "train_parameters",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "coefficient_learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
-def load_model(path: str | Path) -> PreTrainedModel:
-    """Load a causal language model, converted or not, from a folder or the Hub.
+def load_model(name: str | Path) -> PreTrainedModel:
+    """Load a causal language model, converted or not, from a folder or by its id on the Hub.
 
     Raises UserError when there is none, or its folder is a checkpoint that was cut short.
     """
-    check_model_folder(Path(path))
+    check_model_folder(Path(name))
+    return _load(AutoModelForCausalLM, name)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or a folder with GPT-2's vocab.json and merges.txt.
+
+    Raises UserError when there is none.
+    """
+    path = Path(name)
+    bare = (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file()
+    return _load(GPT2TokenizerFast if bare else AutoTokenizer, name)
+
+
+def check_fits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int | None
+) -> int:
+    """Return the block size, by default the model's context up to 1024 tokens.
+
+    Raises UserError where the blocks are longer than the context, or the tokenizer has tokens that
+    the model does not know.
+    """
+    context, known = model.config.max_position_embeddings, model.get_input_embeddings().weight
+    if block_size is not None and block_size > context:
+        raise UserError(
+            f"--block-size {block_size} is longer than the model's context of {context} tokens"
+        )
+    if len(tokenizer) > len(known):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {len(known)}: it is "
+            "not this model's tokenizer"
+        )
+    return block_size or min(context, 1024)
+
+
+def train(trainer: DistillationTrainer, resume: bool) -> None:
+    """Train from the start, or from the newest whole checkpoint, and evaluate at the end."""
+    found = newest_complete(Path(trainer.args.output_dir)) if resume else None
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    evaluated = [log["step"] for log in trainer.state.log_history if "eval_ce" in log]
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+
+
+def finish_distributed() -> None:
+    """Leave the process group, without which some ranks of a finished run exit with an error."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those it computes with."""
+    found = {"attnopt": attnopt.__version__}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def training_settings(args: DistillationArguments) -> dict[str, Any]:
+    """Return the training arguments that make the experiment, as JSON types."""
+    chosen = args.to_dict()
+    return {name: chosen[name] for name in _SETTINGS if chosen[name] is not None}
+
+
+def _load(cls: Any, name: str | Path) -> Any:
+    kind = "tokenizer" if "Tokenizer" in cls.__name__ else "model"
+    local = Path(name).exists()
+    if not local and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
+        raise UserError(f"there is no {kind} folder {name}")
+    # Without network only what was downloaded before can be had, and then at once.
+    offline = not local and why_unreachable("model", str(name), flag="--model") is not None
     try:
-        import attnopt.convert  # registers the converted model types
-
-        return AutoModelForCausalLM.from_pretrained(str(path))
+        return cls.from_pretrained(str(name), local_files_only=offline)
     except (OSError, ValueError) as error:
-        raise _not_loaded("model", path, error) from error
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model's folder or Hub id; raises UserError when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise _not_loaded("tokenizer", path, error) from error
+        hint = "; the Hub cannot be reached, so name a local folder" if offline else ""
+        raise UserError(f"cannot load the {kind} {name}: {one_line(error)}{hint}") from error

@@ -75,7 +75,9 @@ class DistillationArguments(TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "kl" if self.kl_weight else "ce"
             self.greater_is_better = False
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        # said explicitly, because transformers otherwise refuses bf16 without an accelerator
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
 
     def objective(self) -> Objective:

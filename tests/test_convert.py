@@ -16,7 +16,6 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
-    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
@@ -98,7 +97,7 @@ WIDE = [
     [
         {},
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
-        {"scale_attn_weights": False, "n_inner": 48},
+        {"scale_attn_weights": False, "initializer_range": 0.1},
     ],
     ids=["plain", "layer-scaled", "unscaled"],
 )
@@ -247,7 +246,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         model(x, attention_mask=mask, labels=x).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
 
 
 def test_compiles_into_one_graph():
@@ -376,16 +375,16 @@ print(model.generate(x, max_new_tokens=20, min_new_tokens=20, do_sample=False).t
 def test_loads_by_class_and_by_auto(saved):
     model, folder = saved
     x = tokens()
-    for load in (from_pretrained, AutoModelForCausalLM.from_pretrained, type(model).from_pretrained):
+    for load in (
+        from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        type(model).from_pretrained,
+    ):
         loaded = load(folder)
         assert type(loaded) is type(model) and not loaded.training
         assert loaded.config.model_type == "attnopt_gpt2"
         assert loaded.config._attn_implementation == "attnopt"
         assert torch.equal(loaded(x).logits, model(x).logits)
-        assert_same(
-            (model.state_dict(), loaded.config.to_dict()),
-            (loaded.state_dict(), loaded.config.to_dict()),
-        )
     loaded = revert(loaded)
     assert type(loaded) is GPT2LMHeadModel and loaded.config.architectures == ["GPT2LMHeadModel"]
     assert torch.equal(loaded(x).logits, tiny()(x).logits)
@@ -417,10 +416,9 @@ def test_missing_coefficients_are_initialized(tmp_path, init):
     loaded = from_pretrained(tmp_path)
     torch.manual_seed(5)
     for mechanism in mechanisms(loaded).values():
-        expected = torch.randn(4) if init == "random" else torch.zeros(4)
-        assert torch.equal(mechanism.alpha, expected)
-        assert mechanism.sink_alpha.isfinite().all()
-        torch.randn(1) if init == "random" else None
+        for alpha in (mechanism.alpha, mechanism.sink_alpha):
+            expected = torch.randn(alpha.shape) if init == "random" else torch.zeros(alpha.shape)
+            assert torch.equal(alpha, expected)
 
 
 def test_a_fresh_model_of_the_converted_class(saved):
@@ -463,7 +461,7 @@ def llama():
     ("make", "config", "layers", "message"),
     [
         (llama, LastK(), None, "can convert: GPT2LMHeadModel ('gpt2'); got LlamaForCausalLM"),
-        (lambda: GPT2Model(GPT2Config(n_layer=1)), LastK(), None, "got GPT2Model (model_type"),
+        (lambda: tiny().transformer, LastK(), None, "got GPT2Model (model_type 'gpt2')"),
         (lambda: nn.Linear(2, 2), LastK(), None, "got Linear"),
         (lambda: tiny(add_cross_attention=True), LastK(), None, "cross-attention"),
         (lambda: tiny(output_attentions=True), LastK(), None, "unset output_attentions"),

@@ -17,19 +17,20 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module may import from its own layer and from layers below, never from above.
-LAYERS = [
-    ["attnopt.errors", "attnopt.kernels.common", "attnopt.kernels.checks"],
-    ["attnopt.kernels.*.*"],
-    ["attnopt.kernels.*.op"],
-    ["attnopt.kernels.*", "attnopt.config", "attnopt.testing"],
-    ["attnopt.caches", "attnopt.modules", "attnopt.modules.*"],
-    ["attnopt.convert", "attnopt.convert.*"],
-    ["attnopt.data", "attnopt.demo_text", "attnopt.losses", "attnopt.distill"],
-    ["attnopt.pretrain", "attnopt.evaluate", "attnopt.generate", "attnopt.report", "attnopt.report.*"],
-    ["attnopt.demo", "attnopt.demo_recipe"],
-    ["attnopt.cli"],
-    ["attnopt.__main__"],
-]
+LAYERS = """
+errors kernels.common kernels.checks kernels.dispatch
+kernels.*.*
+kernels.*.op
+kernels.* config testing testing.*
+caches modules modules.*
+convert convert.*
+hub checkpoints data demo_text losses metrics history trainer runs distill
+pretrain evaluate generate samples report report.*
+demo demo_recipe
+cli
+__main__
+"""
+LAYERS = [[f"attnopt.{name}" for name in line.split()] for line in LAYERS.split("\n")[1:-1]]
 # Mechanisms stand alone, except that these may call the band of lastk.
 MAY_USE_LASTK = {"nsa", "favor"}
 
@@ -79,7 +80,8 @@ def layer(name: str) -> int | None:
     fits = []
     for rank, patterns in enumerate(LAYERS):
         for pattern in patterns:
-            if re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\w+"), name):
+            regex = pattern.replace(".", r"\.").replace("*", r"\w+")
+            if re.fullmatch(regex, name):
                 fits.append((len(pattern.replace("*", "")), rank))
     return max(fits)[1] if fits else None
 

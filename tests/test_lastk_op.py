@@ -11,11 +11,11 @@ from torch import Tensor
 
 from attnopt.kernels.lastk import lastk_attention, lastk_decode, sliding_window_attention
 from attnopt.kernels.lastk.reference import lastk_reference
-from attnopt.testing import cases, force_triton
+from attnopt.testing import Case, cases, force_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["eager", "triton"] if find_spec("triton") is not None else ["eager"]
-LASTK = [case for case in cases(shapes={"B": 2, "H": 2, "Hkv": 1, "N": 70}) if case.op == "lastk"]
+LASTK = [case for case in cases() if case.op == "lastk"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -183,12 +183,12 @@ def test_auto_is_triton_when_forced() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_token_by_token_equals_the_whole(backend: str) -> None:
-    inputs = make_inputs(9)
+    inputs = make_inputs(8)
     weights = {name: inputs[name] for name in ("log_weights", "sink_log_weights")}
     q, k, v, key_mask = (inputs[name] for name in ("q", "k", "v", "key_mask"))
     with launching(backend):
         whole = lastk_attention(**inputs, backend=backend)
-        for i in range(9):
+        for i in range(8):
             step = lastk_decode(
                 q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1],
                 key_mask=key_mask[:, : i + 1], backend=backend, **weights,
@@ -198,12 +198,12 @@ def test_decoding_token_by_token_equals_the_whole(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_needs_only_the_sinks_and_the_window(backend: str) -> None:
-    inputs = make_inputs(9)
+    inputs = make_inputs(8)
     weights = {name: inputs[name] for name in ("log_weights", "sink_log_weights")}
     q, k, v = (inputs[name] for name in "qkv")
     with launching(backend):
         whole = lastk_attention(q, k, v, **weights, backend=backend)
-        for i in range(6, 9):
+        for i in range(6, 8):
             held = [0, 1, *range(i - 3, i + 1)]  # T = 2 sinks, W = 4 recent tokens
             step = lastk_decode(
                 q[:, :, i : i + 1], k[:, :, held], v[:, :, held], **weights, backend=backend
@@ -219,17 +219,14 @@ def test_cases_cover_every_phase() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", LASTK, ids=lambda case: case.id)
-def test_case(case, backend: str) -> None:
-    if (backend, DEVICE, case.dtype) == ("triton", "cpu", torch.bfloat16):
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+def test_case(case: Case, backend: str) -> None:
     inputs = case.make()
     exact = case.ref(inputs)
     with launching(backend):
-        actual = case.run(inputs)
+        actual = case.run({name: x.to(DEVICE) for name, x in inputs.items()})
     assert actual.keys() == exact.keys()
     for name, expected in exact.items():
-        assert expected.dtype == torch.float64
-        error = (actual[name].double() - expected).abs().max()
+        error = (actual[name].double().cpu() - expected).abs().max()
         assert error <= TOLERANCE[case.dtype] * max(1, expected.abs().max()), (name, float(error))
 
 

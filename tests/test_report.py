@@ -60,8 +60,10 @@ def write_run(folder, window=3, sinks=0, heads=1, ratio=1.05, control=1.62, skip
         },
         "evaluation": {
             "data": "my text.txt",
+            "split": "test",
             "tokens": 4096,
             "control_self_only_kl": control,
+            "warning": "hardly uses attention" if control < 0.5 else None,
             "models": {"teacher": model(1.0), "zero-shot": model(1.2), "student": model(ratio)},
         },
         "generation": {
@@ -162,7 +164,7 @@ def test_every_section_is_there(full):
 
 def test_tables_hold_the_numbers(full):
     text = Page(full[0]).text
-    for value in ("1.050", "1.015", "1.200", f"{math.log(1.05):#.4g}", "95.2 %", "4,096 tokens"):
+    for value in ("1.050", "1.015", "1.200", f"{math.log(1.05):#.4g}", "95.2 %", "test split, 4,096 tokens"):
         assert value in text, value
     assert re.search(r"256 2\.56 2\.56 256 kB 256 kB", text)
     assert "peak CPU memory" in text and "320.0" in text
@@ -188,7 +190,7 @@ def test_numbers_lie_beside_the_page(full):
         "steps": STEPS,
         "wall_seconds": 10.0,
         "cpu_seconds": 8.0,
-        "peak_cpu_memory_mb": 320.0,
+        "peak_cpu_memory_mib": 320.0,
     }
     assert len(first["history"]["rows"]) == STEPS
     assert first["masks"]["layers"]["0"][0][1] == [0.3333, 0.3333, 0, 0, 0, 0]
@@ -261,7 +263,8 @@ def test_user_mistakes(tmp_path):
     [
         ({"mechanism": "lastk", "window": 5}, "last-5"),
         ({"mechanism": "lastk", "window": 32, "sinks": 4}, "last-32 + 4 sinks"),
-        ({"mechanism": "lastk", "window": 2, "sinks": 1, "per_head": True}, "last-2 + 1 sink, per head"),
+        ({"mechanism": "lastk", "window": 2, "per_head": True}, "last-2, per head"),
+        ({"mechanism": "lastk", "window": 2, "sinks": 1}, "last-2 + 1 sink"),
         ({"mechanism": "masks", "candidates": [{}] * 3}, "3 masks"),
         ({"0": {"mechanism": "lastk", "window": 5}, "1": {"mechanism": "lastk", "window": 9}},
          "last-5 / last-9"),

@@ -12,9 +12,6 @@ from attnopt.report import pictures
 from attnopt.report.runs import PARTS, Run
 from attnopt.report.style import TEACHER, color_of
 
-# Below this, a teacher hardly uses attention, and every student looks perfect (nats per token).
-MIN_CONTROL_KL = 0.5
-
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text; it refers to no file and no address outside itself."""
@@ -26,7 +23,7 @@ def render(runs: Sequence[Run]) -> str:
         title=f"{' and '.join(run.label for run in runs)} against the teacher",
         verdicts=[_verdict(run) for run in runs if run.evaluation],
         controls=[_control(run) for run in runs if run.evaluation],
-        tables=summary_tables(runs),
+        tables=summary_tables([(run.label, run.evaluation) for run in runs]),
         missing=[_missing(run, part) for run in runs for part in run.missing()],
         loss=_markup(pictures.loss_curves(runs)),
         validation=_markup(pictures.validation_curves(runs)),
@@ -46,31 +43,29 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def summary_tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One table of models for each text and teacher that runs were evaluated on.
+def summary_tables(
+    evaluations: Sequence[tuple[str, dict[str, Any] | None]],
+) -> list[dict[str, Any]]:
+    """One table of models for each text and teacher that students were evaluated on.
 
-    Each is {"data", "tokens", "rows"}, a row {"model", "stage", "color", "scores"} with the values
-    of evaluation.json; a teacher shared by several runs has one row.
+    evaluations: a student's label with its evaluation.json, None where there is none.
+    Each table is {"data", "tokens", "rows"}, a row {"model", "stage", "color", "scores"} with the
+    scores of evaluation.json; a teacher shared by several students has one row.
     """
-    tables: list[dict[str, Any]] = []
-    for i, run in enumerate(runs):
-        if run.evaluation is None:
+    tables: dict[str, dict[str, Any]] = {}
+    for i, (label, evaluation) in enumerate(evaluations):
+        if evaluation is None:
             continue
-        models = run.evaluation["models"]
-        key = (run.evaluation.get("data"), run.evaluation.get("tokens"), models.get("teacher"))
-        table = next((t for t in tables if t["key"] == key), None)
-        if table is None:
-            table = {"key": key, "data": key[0], "tokens": key[1], "rows": []}
-            tables.append(table)
-            if models.get("teacher"):
-                table["rows"].append(
-                    {"model": "teacher", "stage": "", "color": TEACHER, "scores": models["teacher"]}
-                )
-        for stage in ("zero-shot", "student"):
-            if models.get(stage):
-                row = {"model": run.label, "color": color_of(i), "scores": models[stage]}
-                table["rows"].append(row | {"stage": "trained" if stage == "student" else stage})
-    return tables
+        models = evaluation["models"]
+        split = f", {evaluation['split']} split" if "split" in evaluation else ""
+        data, tokens = f"{evaluation.get('data')}{split}", evaluation.get("tokens")
+        teacher = {"model": "teacher", "stage": "", "color": TEACHER, "scores": models["teacher"]}
+        table = {"data": data, "tokens": tokens, "rows": [teacher]}
+        table = tables.setdefault(str((data, tokens, models["teacher"])), table)
+        for key, stage in (("zero-shot", "zero-shot"), ("student", "trained")):
+            row = {"model": label, "stage": stage, "color": color_of(i), "scores": models[key]}
+            table["rows"].append(row)
+    return list(tables.values())
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -103,8 +98,9 @@ def _verdict(run: Run) -> str:
 
 
 def _control(run: Run) -> dict[str, Any]:
-    value = (run.evaluation or {}).get("control_self_only_kl")
-    return {"label": run.label, "value": value, "weak": value is None or value < MIN_CONTROL_KL}
+    evaluation = run.evaluation or {}
+    value, warning = evaluation.get("control_self_only_kl"), evaluation.get("warning")
+    return {"label": run.label, "value": value, "warning": warning}
 
 
 def _missing(run: Run, part: str) -> dict[str, str]:

@@ -53,8 +53,8 @@ def resource_curves(runs: Sequence[Run]) -> str | None:
     panels = []
     for key, title in (
         ("cpu_seconds", "CPU seconds"),
-        ("cpu_memory_mb", "CPU memory, MB"),
-        ("gpu_memory_mb", "GPU memory, MB"),
+        ("cpu_memory_mb", "CPU memory, MiB"),
+        ("gpu_memory_mb", "GPU memory, MiB"),
     ):
         lines = [
             Line(line.label, line.color, run.series("wall_seconds")[1], line.y)

@@ -14,7 +14,7 @@ PARTS = {
     "history": ("loss, validation and coefficient curves, cost of training", "attnopt distill"),
     "evaluation": ("the comparison of teacher, zero-shot and student", "attnopt evaluate"),
     "generation": ("generated text, time and memory of generation", "attnopt generate --compare"),
-    "masks": ("mask heatmaps", "attnopt evaluate"),
+    "masks": ("mask heatmaps", "attnopt distill"),
 }
 
 
@@ -41,14 +41,14 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def cost(self) -> dict[str, float]:
-        """Steps, seconds and peak megabytes of training; only what was recorded."""
+        """Steps, seconds and peak MiB of training; only what was recorded."""
         rows = (self.history or {}).get("rows", [])
         names = {
             "steps": "step",
             "wall_seconds": "wall_seconds",
             "cpu_seconds": "cpu_seconds",
-            "peak_cpu_memory_mb": "cpu_memory_mb",
-            "peak_gpu_memory_mb": "gpu_memory_mb",
+            "peak_cpu_memory_mib": "cpu_memory_mb",
+            "peak_gpu_memory_mib": "gpu_memory_mb",
         }
         found = {n: [r[k] for r in rows if _is_number(r.get(k))] for n, k in names.items()}
         return {name: max(values) for name, values in found.items() if values}
@@ -73,6 +73,12 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         unique = label if labels.count(label) == 1 else f"{label} ({name})"
         runs.append(Run(name=name, label=unique, about=about or {}, **parts))
     return runs
+
+
+def label_of(folder: Path) -> str:
+    """A short name for the student of a run folder, or of a model's folder."""
+    about = _read(folder, "run")
+    return folder.resolve().name if about is None else describe(about.get("attention"))
 
 
 def describe(attention: Mapping[str, Any] | None) -> str:

@@ -86,8 +86,9 @@ def lastk_backward_kernel(
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Gradients of BLOCK keys and values, and of BLOCK queries of each head of a group."""
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    b, hkv = tl.program_id(1) // (H // G), tl.program_id(1) % (H // G)
+    tiles = tl.cdiv(Nk, BLOCK)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, hkv = head // (H // G), head % (H // G)
     k_ptr += b.to(tl.int64) * k_strides[0] + hkv.to(tl.int64) * k_strides[1]
     v_ptr += b.to(tl.int64) * v_strides[0] + hkv.to(tl.int64) * v_strides[1]
     start = first_token(start_ptr, b, HAS_MASK)
@@ -248,15 +249,15 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
     mask, start, mask_strides = mask_arguments(key_mask, k)
     cols = max(16, triton.next_power_of_2(D))
     tile = backward_tile(q.dtype, cols)
-    grid = (triton.cdiv(Nk, tile["BLOCK"]), B * Hkv)  # Nk >= Nq
+    tiles = triton.cdiv(Nk, tile["BLOCK"])  # Nk >= Nq
     query_tiles = triton.cdiv(Nq, tile["BLOCK"])
     W, T = bias.shape[1], sinks.shape[1]
     parts = {"dtype": torch.float32, "device": q.device}
-    dbias = torch.empty(B, H, grid[0], W, **parts)
-    dsink = torch.empty(B, H, grid[0], T, **parts)
-    dsink_k = torch.empty(B, H, grid[0], T, D, **parts)
-    dsink_v = torch.empty(B, H, grid[0], T, D, **parts)
-    lastk_backward_kernel[grid](
+    dbias = torch.empty(B, H, tiles, W, **parts)
+    dsink = torch.empty(B, H, tiles, T, **parts)
+    dsink_k = torch.empty(B, H, tiles, T, D, **parts)
+    dsink_v = torch.empty(B, H, tiles, T, D, **parts)
+    lastk_backward_kernel[(tiles * B * Hkv,)](
         q_ptr=q, k_ptr=k, v_ptr=v, bias_ptr=bias, sink_ptr=sinks, mask_ptr=mask, start_ptr=start,
         out_ptr=out, do_ptr=grad, lse_ptr=lse, dq_ptr=dq, dk_ptr=dk, dv_ptr=dv,
         dbias_ptr=dbias, dsink_k_ptr=dsink_k, dsink_v_ptr=dsink_v, dsink_ptr=dsink,

@@ -78,8 +78,10 @@ def lastk_forward_kernel(
     BLOCK_T: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of BLOCK_Q queries of one head."""
-    row0 = tl.program_id(0) * BLOCK_Q
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    tiles = tl.cdiv(Nq, BLOCK_Q)  # a flat grid: its other axes end at 65,535
+    row0 = tl.program_id(0) % tiles * BLOCK_Q
+    head = tl.program_id(0) // tiles
+    b, h = head // H, head % H
     q_ptr += b.to(tl.int64) * q_strides[0] + h.to(tl.int64) * q_strides[1]
     k_ptr += b.to(tl.int64) * k_strides[0] + (h // G).to(tl.int64) * k_strides[1]
     v_ptr += b.to(tl.int64) * v_strides[0] + (h // G).to(tl.int64) * v_strides[1]
@@ -174,7 +176,7 @@ def lastk_forward(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor, sink_log
     mask, start, mask_strides = mask_arguments(key_mask, k)
     cols = max(16, triton.next_power_of_2(D))
     tile = forward_tile(q.dtype, cols)
-    lastk_forward_kernel[(triton.cdiv(Nq, tile["BLOCK_Q"]), B * H)](
+    lastk_forward_kernel[(triton.cdiv(Nq, tile["BLOCK_Q"]) * B * H,)](
         q_ptr=q, k_ptr=k, v_ptr=v, bias_ptr=bias, sink_ptr=sinks, mask_ptr=mask, start_ptr=start,
         out_ptr=out, lse_ptr=lse,
         q_strides=q.stride(), k_strides=k.stride(), v_strides=v.stride(),

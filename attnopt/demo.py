@@ -1,0 +1,205 @@
+"""The demonstration: a teacher trained here, two students in its place, one report on all.
+
+Every step is one of the commands that a user would type, in a process of its own with one thread;
+the students' steps run side by side where there are two cores. The teacher is kept in the user's
+cache, under a name that changes with its recipe.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from attnopt import __version__
+from attnopt.checkpoints import prepare_folder
+from attnopt.demo_recipe import STUDENTS, TEACHER
+from attnopt.errors import UserError
+from attnopt.report import write_report
+from attnopt.report.console import print_comparison
+from attnopt.report.page import number
+from attnopt.report.runs import load_runs
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Step:
+    """One command: what the progress bar calls it, and the folder whose history it grows."""
+
+    title: str
+    arguments: list[str]
+    folder: Path
+    log: Path
+
+
+class Chain:
+    """Commands that run one after another, with one progress bar."""
+
+    def __init__(self, steps: Sequence[Step], progress: Progress) -> None:
+        self.waiting = list(steps)
+        self.progress = progress
+        self.process: subprocess.Popen[bytes] | None = None
+        self.step: Step | None = None
+        self.task: TaskID | None = None
+
+    def advance(self) -> bool:
+        """Start the next command once the last has ended; False when there is none left.
+
+        Raises UserError when a command failed.
+        """
+        if self.process is None:
+            if not self.waiting:
+                return False
+            self._start(self.waiting.pop(0))
+        elif self.process.poll() is None:
+            self._show()
+        else:
+            self._finish(self.process.returncode)
+        return True
+
+    def stop(self) -> None:
+        """End the running command."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+    def _start(self, step: Step) -> None:
+        self.step = step
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "attnopt", *step.arguments]
+        single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with step.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, env=os.environ | single, stdout=log, stderr=subprocess.STDOUT
+            )
+        total = _option(step.arguments, "--steps")
+        self.task = self.progress.add_task(step.title, total=total, note="starting")
+
+    def _show(self) -> None:
+        assert self.step is not None and self.task is not None
+        row = _last_row(self.step.folder / "history.json")
+        if row and _option(self.step.arguments, "--steps"):
+            loss = f"loss {number(row.get('loss'), 3)}" if "loss" in row else ""
+            self.progress.update(self.task, completed=row["step"], note=loss)
+        elif _option(self.step.arguments, "--steps") is None:
+            self.progress.update(self.task, note="running")
+
+    def _finish(self, status: int) -> None:
+        assert self.step is not None and self.task is not None
+        if status != 0:
+            lines = self.step.log.read_text(errors="replace").strip().splitlines()
+            last = lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
+            raise UserError(f"{self.step.title} failed: {last} (all of it: {self.step.log})")
+        total = _option(self.step.arguments, "--steps") or 1
+        self.progress.update(self.task, total=total, completed=total, note="done")
+        self.process = None
+
+
+def run_demo(output: Path, *, retrain: bool = False) -> Path:
+    """Train or load the teacher, make the students, and return the path of the report.
+
+    output: folder for report.html, report.json and runs/, one folder for each student; runs of an
+    earlier demonstration there are replaced. retrain: do not use the cached teacher.
+
+    Raises UserError when a step fails or the output cannot be written.
+    """
+    console = Console()
+    prepare_folder(output)
+    start = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as progress:
+        teacher = teacher_folder()
+        if retrain or not (teacher / "config.json").exists():
+            _train_teacher(teacher, output, progress)
+        else:
+            console.print(f"teacher from the cache: {teacher}")
+        folders = [_fresh(output / "runs" / name) for name in STUDENTS]
+        _run([Chain(_student_steps(f, teacher), progress) for f in folders])
+    page = write_report(folders, output)
+    runs = load_runs(folders)
+    print_comparison([(run.label, run.evaluation) for run in runs if run.evaluation], console)
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    console.print(f"{minutes} min {seconds} s. The report: [bold]{page.resolve()}[/bold]")
+    return page
+
+
+def teacher_folder() -> Path:
+    """Where the cache keeps the teacher of this recipe, this version and this Python's texts."""
+    recipe = json.dumps([TEACHER, __version__, sys.version_info[:3]], sort_keys=True)
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "attnopt" / f"demo-teacher-{digest}"
+
+
+def _train_teacher(target: Path, output: Path, progress: Progress) -> None:
+    """Train under another name and rename, so that a broken-off teacher is never taken for one."""
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+    arguments = ["pretrain", *TEACHER, "--output", str(temporary)]
+    step = Step("train the teacher", arguments, temporary, output / "logs" / "teacher.log")
+    try:
+        _run([Chain([step], progress)])
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _student_steps(folder: Path, teacher: Path) -> list[Step]:
+    name, run = folder.name, str(folder)
+    log = folder.parent.parent / "logs"
+    options = [*STUDENTS[name], "--model", str(teacher), "--output", run]
+    return [
+        Step(f"{name}: distill", ["distill", *options], folder, log / f"{name}-distill.log"),
+        Step(f"{name}: evaluate", ["evaluate", run], folder, log / f"{name}-evaluate.log"),
+        Step(
+            f"{name}: generate",
+            ["generate", run, "--compare"],
+            folder,
+            log / f"{name}-generate.log",
+        ),
+    ]
+
+
+def _run(chains: Sequence[Chain]) -> None:
+    """Advance chains, as many at a time as there are cores, until all have ended."""
+    waiting, running = list(chains), []
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                running.append(waiting.pop(0))
+            running = [chain for chain in running if chain.advance()]
+            time.sleep(POLL_SECONDS)
+    finally:
+        for chain in running:
+            chain.stop()
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _option(arguments: Sequence[str], name: str) -> int | None:
+    return int(arguments[arguments.index(name) + 1]) if name in arguments else None
+
+
+def _last_row(path: Path) -> dict[str, float] | None:
+    try:
+        return json.loads(path.read_text())["rows"][-1]
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,174 @@
+"""Distillation from start to end: a converted copy of a model learns to give the same answers."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+
+from attnopt.checkpoints import prepare_folder, write_folder, write_json
+from attnopt.config import Config
+from attnopt.convert import convert, mechanisms
+from attnopt.data import Split, load_blocks
+from attnopt.errors import UserError
+from attnopt.history import History
+from attnopt.runs import (
+    check_fits,
+    finish_distributed,
+    load_model,
+    load_tokenizer,
+    train,
+    training_settings,
+    versions,
+)
+from attnopt.trainer import DistillationArguments, DistillationTrainer
+
+__all__ = ["DistillationArguments", "DistillationTrainer", "distill"]
+
+# What distill() passes to TrainingArguments unless told otherwise; fractions are of all steps.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "max_steps": 1000,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 0.1,
+    "eval_on_start": True,
+    "save_strategy": "steps",
+    "save_steps": 0.1,
+}
+MASK_LENGTH = 48  # of the heatmaps in masks.json
+
+
+def distill(
+    teacher: str | Path,
+    config: Config | Mapping[int, Config],
+    data: str,
+    output: str | Path,
+    *,
+    layers: Iterable[int] | None = None,
+    tokenizer: str | Path | None = None,
+    block_size: int | None = None,
+    text_column: str | None = None,
+    validation: str | None = None,
+    max_train_tokens: int | None = None,
+    max_eval_tokens: int | None = 65_536,
+    patience: int | None = None,
+    resume: bool = False,
+    argv: list[str] | None = None,
+    **training: Any,
+) -> Path:
+    """Convert a copy of the teacher, distill it, and return the run folder with the result.
+
+    teacher: folder or Hub id of a model that `attnopt.convert` supports, also a run's student.
+    config, layers: as for `attnopt.convert`. data, text_column, validation: as for
+    `attnopt.data.load_blocks`. tokenizer: folder or id, the teacher's own by default.
+    block_size: tokens of a training sequence, by default the context up to 1024.
+    patience: stop after this many evaluations without improvement, and keep the best student.
+    resume: go on from the newest whole checkpoint, bit for bit as if there had been no break.
+    argv: the command to record, by default this process's.
+    training: fields of DistillationArguments; DEFAULTS holds what differs from its own defaults.
+
+    The folder gets run.json, history.json, masks.json, checkpoints/ and student/. Dropout is 0
+    in the student: its noise would be part of what the teacher is to explain.
+
+    Raises UserError for what the user can mend, before training where that is possible.
+    """
+    output = Path(output)
+    _check_unused(output, resume)
+    args = _arguments(prepare_folder(output / "checkpoints"), training, patience)
+    set_seed(args.seed)
+    source, words = load_model(teacher), load_tokenizer(tokenizer or teacher)
+    student = _without_dropout(convert(load_model(teacher), config, layers))
+    about: dict[str, Any] = {
+        "data": data,
+        "text_column": text_column,
+        "validation": validation,
+        "block_size": check_fits(source, words, block_size),
+    }
+    trainer = DistillationTrainer(
+        student,
+        args,
+        teacher=None if args.train_parameters == "coefficients" else source,
+        train_dataset=_blocks(about, words, "train", args.seed, max_train_tokens),
+        eval_dataset=_blocks(about, words, "validation", args.seed, max_eval_tokens),
+        processing_class=words,
+        callbacks=[History(output / "history.json"), *_stopping(patience)],
+    )
+    about |= {
+        "command": "distill",
+        "argv": list(sys.argv if argv is None else argv),
+        "versions": versions(),
+        "teacher": str(Path(teacher).resolve()) if Path(teacher).exists() else str(teacher),
+        "attention": _describe(student),
+        "training": training_settings(args),
+    }
+    if trainer.is_world_process_zero():
+        write_json(output / "run.json", about)
+    train(trainer, resume)
+    if trainer.is_world_process_zero():
+        write_folder(output / "student", lambda folder: trainer.save_model(str(folder)))
+        write_json(output / "masks.json", mask_heatmaps(student))
+    finish_distributed()
+    return output
+
+
+def mask_heatmaps(model: PreTrainedModel, length: int = MASK_LENGTH) -> dict[str, Any]:
+    """Return {"layers": {layer: m_ij as lists [1 or H, length, length]}}, rounded to 4 digits."""
+    matrices = {str(i): m.mask_matrix(length) for i, m in mechanisms(model).items()}
+    rounded = {i: (m.detach().double().cpu() * 1e4).round() / 1e4 for i, m in matrices.items()}
+    return {"layers": {i: m.tolist() for i, m in rounded.items()}}
+
+
+def _check_unused(output: Path, resume: bool) -> None:
+    if (output / "run.json").exists() and not resume:
+        raise UserError(
+            f"{output} already holds a run: continue it with --resume, or choose another folder"
+        )
+
+
+def _arguments(
+    folder: Path, training: Mapping[str, Any], patience: int | None
+) -> DistillationArguments:
+    chosen = {**DEFAULTS, **training}
+    if patience is not None:
+        chosen["load_best_model_at_end"] = True
+    return DistillationArguments(output_dir=str(folder), **chosen)
+
+
+def _stopping(patience: int | None) -> list[EarlyStoppingCallback]:
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _blocks(
+    about: Mapping[str, Any], words: Any, split: Split, seed: int, max_tokens: int | None
+) -> Dataset:
+    return load_blocks(
+        about["data"],
+        words,
+        block_size=about["block_size"],
+        split=split,
+        text_column=about["text_column"],
+        validation=about["validation"],
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+
+
+def _describe(student: PreTrainedModel) -> dict[str, Any]:
+    # one config if all layers have the same, else one per converted layer
+    configs = {str(i): m.config.to_dict() for i, m in mechanisms(student).items()}
+    same = len(configs) == student.config.num_hidden_layers and all(
+        config == configs["0"] for config in configs.values()
+    )
+    return configs["0"] if same else configs
