@@ -132,14 +132,11 @@ class SinkWindowLayer(DynamicLayer):
         """Tokens seen so far, stored or not."""
         return self.cumulative_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that transformers prepares: it covers every token."""
-        return self.cumulative_length + query_length, 0
-
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.is_compact = False
+        self.keys = self.values = None
+        self.is_initialized = self.is_compact = False
+        self.cumulative_length = 0
         self.key_mask = self.step_mask = self._next_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

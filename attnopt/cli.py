@@ -1,6 +1,7 @@
 """The command line. Commands import what they need when they run, so that help is instant."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -254,10 +255,11 @@ def generate(
         bool, typer.Option("--compare", help="Beside the teacher, with time and memory.")
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, show_default="a quarter of the context, to 100")
+        int | None,
+        typer.Option(min=1, help="Length.", show_default="a quarter of the context, to 100"),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.7,
-    top_k: Annotated[int, typer.Option(min=1)] = 50,
+    top_k: Annotated[int, typer.Option(min=1, help="Sample from the k most likely.")] = 50,
     seed: Seed = 0,
 ) -> None:
     """Continue prompts with a run's student; with --compare beside its teacher, same seed.
@@ -348,7 +350,7 @@ def _config(
 def _candidate(text: str) -> "Candidate":
     from attnopt.config import Every, First, NthLast, Window
 
-    kinds = {"nth": NthLast, "window": Window, "first": First}
+    kinds: dict[str, Callable[[int], Any]] = {"nth": NthLast, "window": Window, "first": First}
     kind, _, number = text.partition(":")
     if text == "every":
         return Every()

@@ -29,7 +29,14 @@ from attnopt.report.console import print_comparison
 from attnopt.report.page import number
 from attnopt.report.runs import load_runs
 
+COMMAND = [sys.executable, "-m", "attnopt"]
 POLL_SECONDS = 0.5
+COLUMNS = (
+    TextColumn("{task.description:<34}"),
+    BarColumn(),
+    TimeElapsedColumn(),
+    TextColumn("{task.fields[note]}"),
+)
 
 
 @dataclass
@@ -76,11 +83,13 @@ class Chain:
     def _start(self, step: Step) -> None:
         self.step = step
         step.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "attnopt", *step.arguments]
         single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with step.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, env=os.environ | single, stdout=log, stderr=subprocess.STDOUT
+                [*COMMAND, *step.arguments],
+                env=os.environ | single,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         total = _option(step.arguments, "--steps")
         self.task = self.progress.add_task(step.title, total=total, note="starting")
@@ -116,13 +125,7 @@ def run_demo(output: Path, *, retrain: bool = False) -> Path:
     console = Console()
     prepare_folder(output)
     start = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    ) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         teacher = teacher_folder()
         if retrain or not (teacher / "config.json").exists():
             _train_teacher(teacher, output, progress)
@@ -153,6 +156,8 @@ def _train_teacher(target: Path, output: Path, progress: Progress) -> None:
     step = Step("train the teacher", arguments, temporary, output / "logs" / "teacher.log")
     try:
         _run([Chain([step], progress)])
+        record = temporary / "pretrain.json"
+        record.write_text(record.read_text().replace(str(temporary), str(target)))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:
@@ -177,7 +182,8 @@ def _student_steps(folder: Path, teacher: Path) -> list[Step]:
 
 def _run(chains: Sequence[Chain]) -> None:
     """Advance chains, as many at a time as there are cores, until all have ended."""
-    waiting, running = list(chains), []
+    waiting = list(chains)
+    running: list[Chain] = []
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):

@@ -55,7 +55,7 @@ def distill(
     text_column: str | None = None,
     validation: str | None = None,
     max_train_tokens: int | None = None,
-    max_eval_tokens: int | None = 65_536,
+    max_eval_tokens: int | None = 16_384,
     patience: int | None = None,
     resume: bool = False,
     argv: list[str] | None = None,
@@ -68,7 +68,8 @@ def distill(
     `attnopt.data.load_blocks`. tokenizer: folder or id, the teacher's own by default.
     block_size: tokens of a training sequence, by default the context up to 1024.
     patience: stop after this many evaluations without improvement, and keep the best student.
-    resume: go on from the newest whole checkpoint, bit for bit as if there had been no break.
+    resume: go on from the newest whole checkpoint, bit for bit as if there had been no break, as
+    long as the number of threads and processes is the same.
     argv: the command to record, by default this process's.
     training: fields of DistillationArguments; DEFAULTS holds what differs from its own defaults.
 

@@ -41,7 +41,7 @@ def pretrain(
     steps: int = 2000,
     text_column: str | None = None,
     validation: str | None = None,
-    max_eval_tokens: int | None = 65_536,
+    max_eval_tokens: int | None = 16_384,
     resume: bool = False,
     argv: list[str] | None = None,
     **training: Any,

@@ -1,6 +1,7 @@
 """Continuations by a run's student, alone or beside its teacher, from prompts given or held out."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ def sample_run(
 def held_out_prompts(
     about: dict[str, Any], tokenizer: PreTrainedTokenizerBase, context: int
 ) -> list[str]:
-    """Return the beginnings of some held-out blocks of the data that a run.json names."""
+    """Return the beginnings of some held-out blocks of the data that a run.json names.
+
+    Words that the borders of a block cut in two are left out.
+    """
     blocks = load_blocks(
         about["data"],
         tokenizer,
@@ -71,4 +75,5 @@ def held_out_prompts(
         validation=about.get("validation"),
         max_tokens=HELD_OUT_PROMPTS * context // PROMPT_SHARE,
     )
-    return [tokenizer.decode(row) for row in blocks["input_ids"][:HELD_OUT_PROMPTS]]
+    texts = [tokenizer.decode(row) for row in blocks["input_ids"][:HELD_OUT_PROMPTS]]
+    return [re.sub(r"^\S*\s+|\s+\S*$", "", text) or text for text in texts]

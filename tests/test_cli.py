@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report")
 
 
-def attnopt(*arguments, status=0, **env):
+def attnopt(*arguments, status=0):
     command = [sys.executable, "-m", "attnopt", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
@@ -95,11 +95,13 @@ def test_distill_passes_everything_on(run, recorded):
     from attnopt import distill as module
 
     calls = recorded(module, "distill")
-    flags = "--window 7 --sinks 2 --per-head --init random --layers 0,2-4 --steps 12 --bf16 --resume"
-    more = "--batch-size 3 --learning-rate 0.01 --train all --direction reverse --temperature 2"
+    flags = "--window 7 --sinks 2 --per-head --init random --layers 0,2-4 --steps 12 --bf16"
+    more = "--resume --max-train-tokens 999 --max-eval-tokens 333 "
+    more += "--batch-size 3 --learning-rate 0.01 --train all --direction reverse --temperature 2"
     data = "--validation-data v.txt --text-column body --block-size 64 --patience 2 --seed 5"
     weights = "--kl-weight 0.5 --ce-weight 0.25 --l1-weight 0.125 --gradient-accumulation 6"
-    words = f"distill --model gpt2 --data d.txt --output out {flags} {more} {data} {weights}".split()
+    words = "distill --model gpt2 --data d.txt --output out".split()
+    words += f"{flags} {more} {data} {weights}".split()
     status, out, _ = run(*words)
     assert status == 0 and "somewhere" in out
     (call,) = calls
@@ -109,6 +111,7 @@ def test_distill_passes_everything_on(run, recorded):
     assert call["teacher"] == "gpt2" and call["data"] == "d.txt" and call["output"] == Path("out")
     assert call["argv"] == ["attnopt", *words]
     expected = {"block_size": 64, "validation": "v.txt", "text_column": "body", "patience": 2}
+    expected |= {"max_train_tokens": 999, "max_eval_tokens": 333}
     assert expected.items() <= call.items() and call["resume"] is True
     assert training.keys() <= {field.name for field in fields(module.DistillationArguments)}
     expected = {"max_steps": 12, "per_device_train_batch_size": 3, "learning_rate": 0.01}
@@ -193,7 +196,6 @@ def test_our_own_bugs_keep_their_traceback(run, monkeypatch):
     def broken(*args):
         return int("x")  # a ValueError that no check of this package raised
 
-    broken.__globals__  # noqa: B018  the frame's module is this test, not attnopt
     monkeypatch.setattr(attnopt.report, "write_report", broken)
     with pytest.raises(ValueError, match="invalid literal"):
         run("report", "x")

@@ -42,7 +42,7 @@ def tiny(config, seed=0):
             n_head=4,
             initializer_range=0.3,
             bos_token_id=PAD,
-            eos_token_id=PAD,
+            eos_token_id=None,  # nothing ends early
             pad_token_id=PAD,
         )
     ).eval()
@@ -58,7 +58,7 @@ def prompts(starts=STARTS, length=PROMPT):
 
 def decode(model, inputs, **options):
     """New tokens [B, S] and the logits that chose them [B, S, V]."""
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
+    settings = {"max_new_tokens": NEW, "do_sample": False, **options}
     out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **settings)
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
 
@@ -141,7 +141,7 @@ def test_prompt_lookup_falls_back_to_full_keys(name):
     model, inputs = tiny(CONFIGS[name]), prompts([0])
     plain = decode(model, inputs)[0]
     assert torch.equal(decode(model, inputs, prompt_lookup_num_tokens=3)[0], plain)
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    settings = {"max_new_tokens": NEW, "do_sample": False}
     assisted = model.generate(**inputs, assistant_model=model, **settings)
     assert torch.equal(assisted[:, PROMPT:], plain)
 
@@ -152,7 +152,9 @@ def test_continues_from_its_cache(name):
     whole = decode(model, inputs)
     cache = model.make_cache()
     first = model.generate(**inputs, past_key_values=cache, max_new_tokens=6, do_sample=False)
-    rest = model.generate(first, past_key_values=cache, max_new_tokens=NEW - 6, do_sample=False)
+    mask = torch.ones_like(first)
+    settings = {"max_new_tokens": NEW - 6, "do_sample": False}
+    rest = model.generate(first, attention_mask=mask, past_key_values=cache, **settings)
     assert torch.equal(rest[:, PROMPT:], whole[0])
 
 
@@ -192,10 +194,9 @@ def stored_bytes(cache):
 
 
 def bytes_after(model, inputs, new_tokens):
-    cache = model.make_cache()
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    model.generate(**inputs, past_key_values=cache, **settings)
-    return stored_bytes(cache)
+    settings = {"max_new_tokens": new_tokens, "do_sample": False}
+    out = model.generate(**inputs, return_dict_in_generate=True, **settings)
+    return stored_bytes(out.past_key_values)
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("every", "mixed")])

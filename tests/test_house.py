@@ -143,7 +143,7 @@ def test_every_export_resolves_and_convert_stays_a_function():
         "assert set(attnopt._EXPORTS) | {'__version__'} == set(attnopt.__all__)\n"
         "assert callable(attnopt.convert), attnopt.convert\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=None, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_unknown_attribute_is_an_attribute_error():
@@ -180,11 +180,6 @@ def public_functions(tree: ast.Module):
         for member in members:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
                 yield member, isinstance(node, ast.ClassDef)
-
-
-def overrides(function: ast.FunctionDef) -> bool:
-    """Methods of a foreign interface carry its documentation: forward, get_seq_length, on_log..."""
-    return bool(function.args.args) and function.args.args[0].arg in ("self", "cls")
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -24,20 +24,21 @@ def launching(backend: str) -> AbstractContextManager:
 
 
 def make_inputs(n: int = 12, dtype: torch.dtype = torch.float32, grad: bool = False) -> dict:
-    """B = 2, H = 4, Hkv = 2, D = 8, W = 4, T = 2; the second row is left-padded by 3."""
+    """B = 2, H = 4, Hkv = 2, D = 8, W = 4, T = 2; the second row is left-padded by 3.
+
+    q, k, v are views of one projection, as in GPT-2.
+    """
     rng = torch.Generator().manual_seed(n)
 
     def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng).to(DEVICE, dtype).requires_grad_(grad)
+        return torch.randn(shape, generator=rng).to(DEVICE, dtype)
 
-    return {
-        "q": rand(2, 4, n, 8),
-        "k": rand(2, 2, n, 8),
-        "v": rand(2, 2, n, 8),
-        "log_weights": rand(4, 4),
-        "sink_log_weights": rand(2),
-        "key_mask": torch.arange(n, device=DEVICE) >= torch.tensor([[0], [3]], device=DEVICE),
-    }
+    heads = rand(2, n, 4 + 2 + 2, 8).transpose(1, 2).split([4, 2, 2], dim=1)
+    inputs = dict(zip("qkv", heads, strict=True))
+    inputs |= {"log_weights": rand(4, 4), "sink_log_weights": rand(2)}
+    inputs = {name: x.detach().requires_grad_(grad) for name, x in inputs.items()}
+    start = torch.tensor([[0], [3]], device=DEVICE)
+    return inputs | {"key_mask": torch.arange(n, device=DEVICE) >= start}
 
 
 def gradients(out: Tensor, inputs: dict) -> tuple[Tensor, ...]:
@@ -77,25 +78,31 @@ def test_sliding_window_is_a_band_mask(backend: str, window: int) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def operator_arguments(backend: str, grad: bool) -> tuple:
+def operator_arguments(backend: str, layout: str, grad: bool) -> tuple:
     """What the registered operator takes: weights [H, ...], the scale and a backend, all given."""
     inputs = make_inputs()
+    if layout == "broadcast":
+        inputs |= {name: inputs[name][:1, :, :1].expand(inputs[name].shape) for name in "qkv"}
     inputs["sink_log_weights"] = inputs["sink_log_weights"].repeat(4, 1)
     for name in inputs.keys() - {"key_mask"}:
-        inputs[name].requires_grad_(grad)
+        inputs[name] = inputs[name].detach().requires_grad_(grad)
     return *inputs.values(), 0.5, backend
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_forward(backend: str) -> None:
-    arguments = operator_arguments(backend, grad=True)
+@pytest.mark.parametrize(
+    "backend, layout", [("eager", "broadcast"), *product(BACKENDS, ["packed"])]
+)
+def test_opcheck_forward(backend: str, layout: str) -> None:
+    arguments = operator_arguments(backend, layout, grad=True)
     with launching(backend):
         torch.library.opcheck(torch.ops.attnopt.lastk_forward.default, arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_backward(backend: str) -> None:
-    arguments = operator_arguments(backend, grad=False)
+@pytest.mark.parametrize(
+    "backend, layout", [("eager", "broadcast"), *product(BACKENDS, ["packed"])]
+)
+def test_opcheck_backward(backend: str, layout: str) -> None:
+    arguments = operator_arguments(backend, layout, grad=False)
     with launching(backend):
         out, lse = torch.ops.attnopt.lastk_forward(*arguments)
         torch.library.opcheck(
@@ -107,7 +114,8 @@ def test_opcheck_backward(backend: str) -> None:
 @pytest.mark.parametrize("backend, dynamic", [("eager", False), *product(BACKENDS, [True])])
 def test_compiles_whole(backend: str, dynamic: bool) -> None:
     def attention(inputs: dict) -> Tensor:
-        return 2 * lastk_attention(**inputs, backend=backend)
+        out = lastk_attention(**inputs, backend=backend)
+        return 2 * out.transpose(1, 2).flatten(2)
 
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -18,71 +18,6 @@ from attnopt.report.style import svg
 STEPS = 20
 
 
-def write_run(folder, window=3, sinks=0, heads=1, ratio=1.05, control=1.62, skip=()):
-    """A small run folder with every part that `skip` does not name."""
-    coefficients = {"offsets": [f"{n} back" for n in range(window)]}
-    if sinks:
-        coefficients["sinks"] = [f"token {n}" for n in range(sinks)]
-
-    def values(step):
-        rows = {k: [[0.5 + 0.01 * step] * len(v)] * heads for k, v in coefficients.items()}
-        return rows if heads > 1 else {k: v[0] for k, v in rows.items()}
-
-    def model(r):
-        kl = math.log(r)
-        return {"kl": kl, "reverse_kl": kl, "ce": 1.7 + kl, "perplexity": 5.47 * r} | {
-            "perplexity_ratio": r,
-            "top1_agreement": 1 / r,
-        }
-
-    rows = [
-        {"step": s, "loss": 2 / s + 0.1, "kl": 1 / s, "wall_seconds": 0.5 * s}
-        | {"cpu_seconds": 0.4 * s, "cpu_memory_mb": 300.0 + s, "gpu_memory_mb": None}
-        | ({"eval_kl": 1 / s, "eval_perplexity": 6.0, "eval_top1": 0.9} if s % 5 == 0 else {})
-        for s in range(1, STEPS + 1)
-    ]
-    parts = {
-        "run": {
-            "command": "distill",
-            "argv": ["attnopt", "distill", "--data", "my text.txt"],
-            "versions": {"torch": "2.13.0"},
-            "data": "my text.txt",
-            "attention": {"mechanism": "lastk", "window": window, "sinks": sinks},
-            "training": {"learning_rate": 0.001},
-            "teacher": "gpt2",
-        },
-        "history": {
-            "rows": rows,
-            "coefficients": [
-                {"step": s, "layers": {"0": values(s), "1": values(s)}} for s in (0, 10, 20)
-            ],
-            "labels": {"0": coefficients, "1": coefficients},
-        },
-        "evaluation": {
-            "data": "my text.txt",
-            "split": "test",
-            "tokens": 4096,
-            "control_self_only_kl": control,
-            "warning": "hardly uses attention" if control < 0.5 else None,
-            "models": {"teacher": model(1.0), "zero-shot": model(1.2), "student": model(ratio)},
-        },
-        "generation": {
-            "settings": {"temperature": 0.7},
-            "samples": [{"prompt": "a <b>", "teacher": "t & t", "student": "<script>x</script>"}],
-            "timing": [
-                {"model": m, "new_tokens": n, "seconds": n / 100, "cache_bytes": n * 1000}
-                for m in ("teacher", "student")
-                for n in (16, 64, 256)
-            ],
-        },
-        "masks": {"layers": {"0": np.tril(np.full((heads, 6, 6), 1 / 3)).tolist()}},
-    }
-    folder.mkdir(parents=True)
-    for part in parts.keys() - set(skip):
-        (folder / f"{part}.json").write_text(json.dumps(parts[part]))
-    return folder
-
-
 class Page(HTMLParser):
     """Collects tags, addresses and text, and checks that tags close in order."""
 
@@ -125,7 +60,7 @@ def report(tmp_path, *folders):
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def full(write_run, tmp_path_factory):
     """The page and the numbers of a report on two complete runs."""
     folder = tmp_path_factory.mktemp("report")
     runs = write_run(folder / "a"), write_run(folder / "b", 12, 4, heads=2, ratio=1.015)
@@ -154,6 +89,7 @@ def test_every_section_is_there(full):
         "Generation: time and memory",
         "What they write",
         "attnopt distill --data 'my text.txt'",
+        "attnopt pretrain --data demo",
         "torch 2.13.0",
     ):
         assert words in page.text, words
@@ -164,8 +100,9 @@ def test_every_section_is_there(full):
 
 def test_tables_hold_the_numbers(full):
     text = Page(full[0]).text
-    for value in ("1.050", "1.015", "1.200", f"{math.log(1.05):#.4g}", "95.2 %", "test split, 4,096 tokens"):
+    for value in ("1.050", "1.015", "1.200", f"{math.log(1.05):#.4g}", "95.2 %"):
         assert value in text, value
+    assert "my text.txt, test split, 4,096 tokens" in text
     assert re.search(r"256 2\.56 2\.56 256 kB 256 kB", text)
     assert "peak CPU memory" in text and "320.0" in text
 
@@ -202,7 +139,7 @@ def test_pictures_take_the_color_of_the_page(full):
 
 
 @pytest.mark.parametrize("part", ["history", "evaluation", "generation", "masks"])
-def test_a_missing_part_is_said_to_be_missing(part, tmp_path):
+def test_a_missing_part_is_said_to_be_missing(write_run, part, tmp_path):
     html, numbers = report(tmp_path, write_run(tmp_path / "a", skip=[part]))
     page = Page(html)
     assert f"no {part}.json" in page.text.replace(" .json", ".json")
@@ -216,21 +153,31 @@ def test_a_missing_part_is_said_to_be_missing(part, tmp_path):
     assert absent[part] not in page.text
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_a_run_that_has_only_begun(write_run, tmp_path):
     everything = ["history", "evaluation", "generation", "masks"]
     page = Page(report(tmp_path, write_run(tmp_path / "a", skip=everything))[0])
     assert "svg" not in page.tags
     assert "How to repeat it" in page.text
 
 
-def test_a_weak_teacher_is_called_weak(tmp_path):
+def test_a_weak_teacher_is_called_weak(write_run, tmp_path):
     html, _ = report(tmp_path, write_run(tmp_path / "a", control=0.49))
-    assert "draw no conclusions" in html
+    assert "Draw no conclusions" in html
     html, _ = report(tmp_path, write_run(tmp_path / "b", control=0.51))
-    assert "draw no conclusions" not in html
+    assert "Draw no conclusions" not in html
 
 
-def test_nan_does_not_reach_the_json(tmp_path):
+def test_only_terms_that_were_trained_are_drawn(write_run, tmp_path):
+    run = write_run(tmp_path / "a")
+    assert "total loss" not in report(tmp_path, run)[0]
+    about = json.loads((run / "run.json").read_text())
+    about["training"] |= {"l1_weight": 0.1}
+    (run / "run.json").write_text(json.dumps(about))
+    html, _ = report(tmp_path, run)
+    assert "total loss" in html and "KL to the teacher<" in html
+
+
+def test_nan_does_not_reach_the_json(write_run, tmp_path):
     run = write_run(tmp_path / "a")
     history = json.loads((run / "history.json").read_text())
     history["rows"][3]["kl"] = math.nan
@@ -239,12 +186,12 @@ def test_nan_does_not_reach_the_json(tmp_path):
     assert numbers["runs"][0]["history"]["rows"][3]["kl"] is None
 
 
-def test_equal_configs_are_told_apart_by_folder(tmp_path):
+def test_equal_configs_are_told_apart_by_folder(write_run, tmp_path):
     html, _ = report(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b"))
     assert "last-3 (a)" in html and "last-3 (b)" in html
 
 
-def test_user_mistakes(tmp_path):
+def test_user_mistakes(write_run, tmp_path):
     with pytest.raises(UserError, match="at least one run folder"):
         write_report([], tmp_path)
     with pytest.raises(UserError, match="is not a run folder: it has no run.json"):

@@ -23,8 +23,8 @@ def print_comparison(
         console.print(_draw(table))
     controls = {evaluation["control_self_only_kl"] for _, evaluation in evaluations}
     for control in sorted(controls):
-        text = f"Control: if every token sees only itself, the KL is {number(control, 3)} nats/token"
-        console.print(text)
+        shown = f"{number(control, 3)} nats/token"
+        console.print(f"Control: if every token sees only itself, the KL is {shown}")
     for warning in {evaluation.get("warning") for _, evaluation in evaluations} - {None}:
         console.print(f"Warning: {warning}", style="bold red")
 

@@ -22,7 +22,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         title=f"{' and '.join(run.label for run in runs)} against the teacher",
         verdicts=[_verdict(run) for run in runs if run.evaluation],
-        controls=[_control(run) for run in runs if run.evaluation],
+        controls=_controls(runs),
         tables=summary_tables([(run.label, run.evaluation) for run in runs]),
         missing=[_missing(run, part) for run in runs for part in run.missing()],
         loss=_markup(pictures.loss_curves(runs)),
@@ -38,7 +38,7 @@ def render(runs: Sequence[Run]) -> str:
         timing=_timing(runs),
         samples=_samples(runs),
         settings=[(run.label, _settings(run)) for run in runs],
-        commands=[(run.label, shlex.join(map(str, run.about.get("argv", [])))) for run in runs],
+        commands=_commands(runs),
         versions=runs[0].about.get("versions", {}),
     )
 
@@ -97,10 +97,23 @@ def _verdict(run: Run) -> str:
     return f"{run.label}: perplexity {', '.join(ratios)}"
 
 
-def _control(run: Run) -> dict[str, Any]:
-    evaluation = run.evaluation or {}
-    value, warning = evaluation.get("control_self_only_kl"), evaluation.get("warning")
-    return {"label": run.label, "value": value, "warning": warning}
+def _controls(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What the self-only control says, once for the runs that share it."""
+    found: dict[Any, dict[str, Any]] = {}
+    for run in runs:
+        if run.evaluation is not None:
+            value = run.evaluation.get("control_self_only_kl")
+            warning = run.evaluation.get("warning")
+            control: dict[str, Any] = {"value": value, "warning": warning, "labels": []}
+            found.setdefault(value, control)["labels"].append(run.label)
+    return list(found.values())
+
+
+def _commands(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Labels and the shell commands that made them, the teachers' first."""
+    teachers = {shlex.join(run.teacher["argv"]): "teacher" for run in runs if run.teacher}
+    students = [(run.label, shlex.join(map(str, run.about.get("argv", [])))) for run in runs]
+    return [*((label, command) for command, label in teachers.items()), *students]
 
 
 def _missing(run: Run, part: str) -> dict[str, str]:

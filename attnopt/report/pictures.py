@@ -1,6 +1,7 @@
 """The pictures of a report, from the numbers of runs: SVG elements, None where none apply."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,26 +10,32 @@ from attnopt.report.runs import Run
 from attnopt.report.style import TEACHER, color_of, svg
 
 MEGABYTE = 1e6
+SMOOTHED_FROM = 60  # values
 
 
 def loss_curves(runs: Sequence[Run]) -> str | None:
-    """Training loss and its parts by step: measured values faint, a moving average on top."""
-    titles = {"loss": "total loss", "kl": "KL to the teacher", "ce": "cross entropy", "l1": "L1"}
+    """The terms that training minimized, by step, and their sum where there are several.
+
+    Where there are many values they are faint and their moving average lies on top.
+    """
+    terms = {"kl": "KL to the teacher", "ce": "cross entropy", "l1": "L1 of coefficients"}
+    shown = {k: t for k, t in terms.items() if any(run.weight(k) for run in runs)}
+    if len(shown) != 1:
+        shown = {"loss": "total loss", **shown}
     panels = []
-    for key, title in titles.items():
+    for key, title in shown.items():
         lines = []
-        for i, run in enumerate(runs):
-            steps, values = run.series(key)
-            if len(steps) > 1:
-                lines.append(Line(run.label, color_of(i), steps, values, faint=True))
-                lines.append(Line(run.label, color_of(i), steps, smooth(values)))
-        repeats = key == "loss" and all(run.series("loss") == run.series("kl") for run in runs)
-        if any(value for line in lines for value in line.y) and not repeats:
+        for line in _lines(runs, key):
+            if len(line.y) >= SMOOTHED_FROM:
+                lines.append(replace(line, faint=True))
+                line = replace(line, y=smooth(line.y))
+            lines.append(line)
+        if lines:
             panels.append(Panel(title, "step", lines))
     return svg(line_panels(panels), "training loss by step") if panels else None
 
 
-def validation_curves(runs: Sequence[Run]) -> str | None:
+def validation_panels(runs: Sequence[Run]) -> list[Panel]:
     """Validation KL, perplexity (with the teacher's) and agreement by step."""
     panels = []
     for key, title in (
@@ -45,6 +52,12 @@ def validation_curves(runs: Sequence[Run]) -> str | None:
                 lines.append(Line("teacher", TEACHER, ends, [value, value], dashed=True))
         if lines:
             panels.append(Panel(title, "step", lines, from_zero=key == "eval_kl"))
+    return panels
+
+
+def validation_curves(runs: Sequence[Run]) -> str | None:
+    """The picture of `validation_panels`."""
+    panels = validation_panels(runs)
     return svg(line_panels(panels), "validation by step") if panels else None
 
 
@@ -66,7 +79,7 @@ def resource_curves(runs: Sequence[Run]) -> str | None:
     return svg(line_panels(panels), "time and memory of training") if panels else None
 
 
-def generation_curves(runs: Sequence[Run]) -> str | None:
+def generation_panels(runs: Sequence[Run]) -> list[Panel]:
     """Seconds and cache bytes against the number of generated tokens."""
     panels = []
     for key, scale, title in (
@@ -87,6 +100,12 @@ def generation_curves(runs: Sequence[Run]) -> str | None:
                 lines.append(Line(label, color, x, y, markers=True))
         if lines:
             panels.append(Panel(title, "generated tokens", lines, log_x=True, from_zero=True))
+    return panels
+
+
+def generation_curves(runs: Sequence[Run]) -> str | None:
+    """The picture of `generation_panels`."""
+    panels = generation_panels(runs)
     return svg(line_panels(panels), "time and memory of generation by length") if panels else None
 
 

@@ -82,7 +82,7 @@ def line_panels(panels: Sequence[Panel]) -> Figure:
         if panel.log_y:
             axes.set_yscale("log")
         elif panel.from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max((max(line.y) for line in panel.lines), default=1.0) or 1)
         axes.set_title(panel.title)
         axes.set_xlabel(panel.x_label)
         _label_ends(axes, [line for line in panel.lines if not line.faint])
@@ -151,14 +151,16 @@ def mask_panels(layers: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(columns * side + 0.9, rows * (side + 0.25)), layout="constrained")
     grid = _grid(figure, rows, columns, len(panels))
     figure.get_layout_engine().set(h_pad=0.06)
-    top = max(float(mask.max()) for _, mask in panels)
+    weights = np.concatenate([mask[mask > 0] for _, mask in panels])
+    low, high = float(weights.min()), float(weights.max())
+    low = low if high - low > 1e-3 else 0.0
     image = None
     for axes, (title, mask) in zip(grid, panels, strict=True):
         size = len(mask)
         past = [(-0.5, -0.5), (size - 0.5, size - 0.5), (-0.5, size - 0.5)]
         axes.add_patch(Polygon(past, color=INK, alpha=0.08, linewidth=0))
         visible = np.ma.masked_equal(np.tril(mask), 0)
-        image = axes.imshow(visible, cmap=MASKS, vmin=0, vmax=top, interpolation="nearest")
+        image = axes.imshow(visible, cmap=MASKS, vmin=low, vmax=high, interpolation="nearest")
         axes.set_title(title, fontsize=9 if side > 1.5 else 7)
         axes.grid(False)
         axes.set_xticks([])

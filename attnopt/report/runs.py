@@ -20,11 +20,15 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: `about` is its run.json, the other parts are None where there is no file."""
+    """One run folder: `about` is its run.json, the other parts are None where there is no file.
+
+    `teacher` is the pretrain.json of a teacher that was trained with `attnopt pretrain`.
+    """
 
     name: str
     label: str
     about: dict[str, Any]
+    teacher: dict[str, Any] | None
     history: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     generation: dict[str, Any] | None
@@ -33,6 +37,10 @@ class Run:
     def missing(self) -> list[str]:
         """The parts that are not there, by name."""
         return [part for part in PARTS if getattr(self, part) is None]
+
+    def weight(self, term: str) -> float:
+        """Weight of a term of the loss: kl, ce or l1."""
+        return (self.about.get("training") or {}).get(f"{term}_weight", 0.0)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one column of the history, where the run recorded a number."""
@@ -71,7 +79,9 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, about, label, name in zip(folders, abouts, labels, names, strict=True):
         parts = {part: _read(folder, part) for part in PARTS}
         unique = label if labels.count(label) == 1 else f"{label} ({name})"
-        runs.append(Run(name=name, label=unique, about=about or {}, **parts))
+        assert about is not None
+        teacher = _read(Path(about.get("teacher", "")), "pretrain")
+        runs.append(Run(name=name, label=unique, about=about, teacher=teacher, **parts))
     return runs
 
 

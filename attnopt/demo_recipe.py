@@ -1,0 +1,28 @@
+"""The demonstration's settings, as options of `attnopt pretrain` and `attnopt distill`.
+
+Found by trying (docstrings of Python 3.11, seed 42, one core): the teacher reads 2 million bytes,
+ends at a perplexity of 4.6 per byte and has a self-only KL of 1.9 nats. Half the steps give 6.4
+and 1.5. The first student reaches a perplexity ratio of about 1.04, the second of 1.004.
+"""
+
+from pathlib import Path
+
+
+def _fast_bfloat16() -> list[str]:
+    # Without these instructions bfloat16 is emulated, and slower than fp32.
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text(errors="replace") if cpu.exists() else ""
+    return ["--bf16"] if "amx_bf16" in flags or "avx512_bf16" in flags else []
+
+
+TEACHER = [
+    *("--data", "demo", "--tokenizer", "bytes"),
+    *("--layers", "4", "--width", "128", "--heads", "4", "--context", "256"),
+    *("--steps", "2000", "--batch-size", "4", "--learning-rate", "2e-3"),
+    *_fast_bfloat16(),
+]
+_DISTILL = ["--data", "demo", "--steps", "300", "--batch-size", "4", *_fast_bfloat16()]
+STUDENTS = {
+    "last-5": [*_DISTILL, "--window", "5", "--learning-rate", "1e-3"],
+    "last-32-sinks": [*_DISTILL, "--window", "32", "--sinks", "4", "--learning-rate", "3e-4"],
+}

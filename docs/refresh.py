@@ -1,0 +1,61 @@
+"""Put the committed results of the demonstration into README.md: its table and its picture.
+
+    python docs/refresh.py
+
+reads docs/results/demo/report.json, the numbers beside a report of `make demo`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from attnopt.report.page import number, summary_tables
+from attnopt.report.pictures import generation_panels, validation_panels
+from attnopt.report.plots import line_panels
+from attnopt.report.runs import Run
+from attnopt.report.style import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "demo" / "report.json"
+PICTURE = ROOT / "docs" / "demo.png"
+TABLE = re.compile(r"(?<=<!-- demo table -->\n).*(?=<!-- end -->)", re.S)
+
+
+def read_runs() -> list[Run]:
+    """The runs behind the committed report, without what pictures and tables do not need."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    kept = ("name", "label", "history", "evaluation", "generation")
+    return [
+        Run(about=run["run"], teacher=None, masks=None, **{k: run[k] for k in kept}) for run in runs
+    ]
+
+
+def table(runs: list[Run]) -> str:
+    """The comparison as Markdown."""
+    (compared,) = summary_tables([(run.label, run.evaluation) for run in runs])
+    lines = ["| model | KL, nats/byte | perplexity ÷ teacher's | same top-1 token |"]
+    lines.append("|---|---|---|---|")
+    for row in compared["rows"]:
+        scores = row["scores"]
+        agreement = f"{100 * scores['top1_agreement']:.1f} %"
+        name = ", ".join(filter(None, (row["model"], row["stage"])))
+        cells = [name, number(scores["kl"], 3), number(scores["perplexity_ratio"]), agreement]
+        lines.append(f"| {' | '.join(cells)} |")
+    control = min(run.evaluation["control_self_only_kl"] for run in runs)
+    lines.append(f"| control: every token sees only itself | {number(control, 3)} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    runs = read_runs()
+    readme = ROOT / "README.md"
+    readme.write_text(TABLE.sub(lambda _: table(runs), readme.read_text()))
+    panels = [validation_panels(runs)[0], *generation_panels(runs)]
+    with rc_context(SETTINGS):
+        line_panels(panels).savefig(PICTURE, dpi=160, facecolor="white", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

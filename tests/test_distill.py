@@ -1,0 +1,457 @@
+"""The distillation trainer: what trains, what it writes, and that nothing is lost to a kill."""
+
+import itertools
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from attnopt import LastK, convert, from_pretrained, mechanisms
+from attnopt.checkpoints import MARKER, mark_complete, newest_complete, write_folder
+from attnopt.data import load_blocks
+from attnopt.demo_text import byte_tokenizer
+from attnopt.distill import DistillationArguments, DistillationTrainer, distill
+from attnopt.errors import UserError
+from attnopt.pretrain import pretrain, small_gpt2
+from attnopt.runs import check_fits, load_model, load_tokenizer
+from attnopt.trainer import set_trainable
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = byte_tokenizer()
+QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 2, "learning_rate": 2e-3}
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(300)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, text):
+    """A GPT-2 with dropout in its config, saved with its tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    torch.manual_seed(0)
+    model = small_gpt2(BYTES, layers=2, width=16, heads=2, context=CONTEXT)
+    model.config.resid_pdrop = model.config.embd_pdrop = 0.5
+    with torch.no_grad():  # sharper than at its start, so that attention matters
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(6)
+    model.save_pretrained(folder)
+    BYTES.save_pretrained(folder)
+    return str(folder)
+
+
+def run(teacher, text, folder, steps=6, config=None, **options):
+    options = {**QUIET, "max_steps": steps, "logging_steps": 2, "eval_steps": 3, **options}
+    return distill(teacher, config or LastK(window=3), text, folder, max_eval_tokens=160, **options)
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_a_run_folder_holds_what_the_others_read(teacher, text, tmp_path):
+    config = LastK(window=3, sinks=1, per_head=True)
+    options = {"l1_weight": 0.1, "ce_weight": 0.5, "argv": ["attnopt", "distill"]}
+    folder = run(teacher, text, tmp_path / "run", config=config, **options)
+    about = read(folder / "run.json")
+    assert about["command"] == "distill" and about["argv"] == ["attnopt", "distill"]
+    assert about["teacher"] == teacher and about["data"] == text
+    assert about["attention"] == config.to_dict()
+    assert about["versions"].keys() >= {"attnopt", "torch", "transformers"}
+    assert about["training"]["max_steps"] == 6 and about["training"]["l1_weight"] == 0.1
+    history = read(folder / "history.json")
+    rows = {row["step"]: row for row in history["rows"]}
+    assert sorted(rows) == [0, 2, 3, 4, 6]
+    assert rows[0].keys() >= {"eval_kl", "eval_ce", "eval_perplexity", "eval_top1"}
+    train_keys = {"loss", "kl", "ce", "l1", "learning_rate", "wall_seconds", "cpu_seconds"}
+    assert rows[6].keys() >= train_keys | {"cpu_memory_mb", "eval_kl", "eval_teacher_perplexity"}
+    last = rows[4]
+    assert last["loss"] == pytest.approx(last["kl"] + 0.5 * last["ce"] + 0.1 * last["l1"], 1e-5)
+    assert rows[6]["eval_kl"] < rows[0]["eval_kl"]
+    assert rows[6]["wall_seconds"] > rows[2]["wall_seconds"] > 0
+    assert [entry["step"] for entry in history["coefficients"]] == sorted(rows)
+    offsets = torch.tensor(history["coefficients"][-1]["layers"]["1"]["offsets"])
+    assert offsets.shape == (2, 3) and not torch.equal(offsets, torch.full((2, 3), 0.5))
+    assert len(history["labels"]["0"]["offsets"]) == 3
+    assert torch.tensor(read(folder / "masks.json")["layers"]["0"]).shape == (2, 48, 48)
+    student = from_pretrained(folder / "student")
+    assert mechanisms(student)[1].config == config
+    assert len(load_tokenizer(folder / "student")) == 257
+    assert newest_complete(folder / "checkpoints").name == "checkpoint-6"
+    torch.testing.assert_close(
+        weights(folder / "student"), weights(folder / "checkpoints" / "checkpoint-6")
+    )
+
+
+@pytest.mark.parametrize("trained", ["coefficients", "attention", "all"])
+def test_only_what_is_chosen_trains(teacher, text, tmp_path, trained):
+    folder = run(teacher, text, tmp_path / "run", train_parameters=trained)
+    before, after = weights(teacher), weights(folder / "student")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    attention = {name for name in before if ".attn." in name}
+    assert len(attention) == 8
+    expected = {"coefficients": set(), "attention": attention, "all": set(before)}[trained]
+    assert changed == expected
+    alphas = [after[name] for name in after.keys() - before.keys()]
+    assert len(alphas) == 2 and all((alpha != 0).all() for alpha in alphas)
+
+
+def trainer_of(student, tmp_path, text, teacher=None, **options):
+    arguments = {**QUIET, "max_steps": 1, "save_strategy": "no", **options}
+    blocks = load_blocks(text, BYTES, block_size=CONTEXT, max_tokens=400)
+    return DistillationTrainer(
+        student,
+        DistillationArguments(output_dir=str(tmp_path), **arguments),
+        teacher=teacher,
+        train_dataset=blocks,
+        eval_dataset=blocks,
+    )
+
+
+def test_a_student_with_frozen_weights_is_its_own_teacher(teacher, text, tmp_path):
+    numbers = []
+    for source in (None, load_model(teacher)):
+        student = convert(load_model(teacher), LastK(window=3))
+        options = {"train_parameters": "coefficients", "max_steps": 3}
+        trainer = trainer_of(student, tmp_path, text, source, **options)
+        loss = trainer.train().training_loss
+        assert student.training  # teaching in between puts dropout back
+        numbers.append((loss, trainer.evaluate()["eval_kl"]))
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5) and numbers[0][1] > 0.001
+    with pytest.raises(ValueError, match="a teacher is needed"):
+        trainer_of(student, tmp_path, text, train_parameters="attention")
+
+
+def test_a_full_window_starts_at_the_teacher(teacher, text, tmp_path):
+    student = convert(load_model(teacher), LastK(window=CONTEXT))
+    metrics = trainer_of(student, tmp_path, text, load_model(teacher)).evaluate()
+    assert metrics["eval_kl"] == pytest.approx(0, abs=1e-6) and metrics["eval_top1"] == 1
+    assert metrics["eval_perplexity"] == pytest.approx(metrics["eval_teacher_perplexity"], 1e-5)
+
+
+def test_accumulated_small_batches_equal_one_large(teacher, text, tmp_path):
+    students = []
+    for size, steps in ((4, 1), (1, 4)):
+        student = convert(load_model(teacher), LastK(window=3)).eval()
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        options |= {"optim": "sgd", "max_steps": 2, "l1_weight": 1.0, "logging_steps": 1}
+        trainer = trainer_of(student, tmp_path, text, load_model(teacher), **options)
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        students.append((student.state_dict(), logs))
+    (one, logs_one), (many, logs_many) = students
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, msg=name)
+    for a, b in zip(logs_one, logs_many, strict=True):
+        for key in ("loss", "kl", "ce", "l1", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+def test_coefficients_are_never_decayed_and_may_have_their_own_rate(teacher, text, tmp_path):
+    student = convert(load_model(teacher), LastK(window=3, sinks=1))
+    options = {"weight_decay": 0.1, "train_parameters": "all", "coefficient_learning_rate": 0.5}
+    for rate in (None, 0.5):
+        options["coefficient_learning_rate"] = rate
+        trainer = trainer_of(student, tmp_path, text, load_model(teacher), **options)
+        groups = trainer.create_optimizer().param_groups
+        own = {id(p) for m in mechanisms(student).values() for p in m.parameters()}
+        assert len(own) == 4
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        assert decayed and not own & decayed
+        places = [(id(p), g["lr"]) for g in groups for p in g["params"]]
+        assert len(places) == len(list(student.parameters()))
+        assert {lr for p, lr in places if p in own} == {rate or 2e-3}
+        assert {lr for p, lr in places if p not in own} == {2e-3}
+
+
+def test_early_stopping_keeps_the_best(teacher, text, tmp_path):
+    # the rate grows until it does harm
+    options = {"learning_rate": 1.0, "warmup_steps": 40, "eval_steps": 1, "save_steps": 1}
+    folder = run(teacher, text, tmp_path / "run", steps=40, patience=2, **options)
+    rows = read(folder / "history.json")["rows"]
+    kls = {row["step"]: row["eval_kl"] for row in rows if row["step"] > 0}
+    best, last = min(kls, key=kls.get), max(kls)
+    assert 1 < best == last - 2 < 38
+    kept = weights(folder / "checkpoints" / f"checkpoint-{best}")
+    torch.testing.assert_close(weights(folder / "student"), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train_parameters": "heads"}, "train_parameters must be one of .*; got 'heads'"),
+        ({"direction": "up"}, "direction must be one of"),
+        ({"l1_weight": -1.0}, "l1_weight must not be negative; got -1.0"),
+        ({"save_total_limit": 1}, "at least 2"),
+    ],
+)
+def test_arguments_are_checked(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(output_dir=str(tmp_path), **wrong)
+
+
+def test_mistakes_before_training_are_explained(teacher, text, tmp_path):
+    with pytest.raises(UserError, match="no model folder /no/such/teacher"):
+        run("/no/such/teacher", text, tmp_path / "a")
+    with pytest.raises(UserError, match="cannot load the model someone/model: .*local folder"):
+        run("someone/model", text, tmp_path / "b")
+    with pytest.raises(UserError, match="longer than the model's context of 16 tokens"):
+        run(teacher, text, tmp_path / "c", block_size=17)
+    with pytest.raises(UserError, match="no such file"):
+        run(teacher, "missing.txt", tmp_path / "d")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match="257 tokens but the model only 9"):
+        check_fits(model, BYTES, None)
+    with pytest.raises(ValueError, match="nothing to train: the model has no coefficients"):
+        set_trainable(model, "coefficients")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to the output folder .*file"):
+        run(teacher, text, tmp_path / "file" / "run")
+
+
+def test_a_used_folder_is_not_overwritten(teacher, text, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
+        run(teacher, text, tmp_path)
+
+
+# ---- checkpoints
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(int(sys.argv.pop()))  # sums depend on how many threads share them
+from attnopt.trainer import DistillationTrainer
+sys.path.insert(0, "tests")
+from test_distill import run
+save = DistillationTrainer._save_checkpoint
+
+def save_and_die(self, model, trial):
+    save(self, model, trial)
+    if self.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+DistillationTrainer._save_checkpoint = save_and_die
+teacher, text, folder, options = sys.argv[1:]
+run(teacher, text, folder, **eval(options))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(teacher, text, tmp_path, caplog):
+    options = {
+        "steps": 9,
+        "save_total_limit": 9,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "train_parameters": "all",
+    }
+    options |= {"ce_weight": 0.5, "weight_decay": 0.1}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(teacher, text, whole, **options)
+    command = [sys.executable, "-c", KILLED, teacher, text, str(broken), repr(options)]
+    command.append(str(torch.get_num_threads()))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    torn = broken / "checkpoints" / "checkpoint-6" / "model.safetensors"
+    os.truncate(torn, torn.stat().st_size // 2)
+    resumed_from = []
+    watch = TrainerCallback()
+    watch.on_train_begin = lambda args, state, *a, **k: resumed_from.append(state.global_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnopt.distill._stopping", lambda patience: [watch])
+        run(teacher, text, broken, resume=True, **options)
+    assert resumed_from == [4]
+    expected, got = weights(whole / "student"), weights(broken / "student")
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+    cost = ("wall_seconds", "cpu_seconds", "cpu_memory_mb", "gpu_memory_mb")
+    histories = [read(folder / "history.json") for folder in (whole, broken)]
+    seconds = [row["wall_seconds"] for row in histories[1]["rows"]]
+    assert seconds == sorted(seconds)
+    for history in histories:
+        for row, key in itertools.product(history["rows"], cost):
+            row.pop(key, None)
+    assert histories[0] == histories[1]
+
+
+RANK = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from test_distill import run
+teacher, text, folder, options = sys.argv[1:]
+run(teacher, text, folder, **eval(options))
+"""
+
+
+def test_two_processes_equal_one(teacher, text, tmp_path):
+    options = {"steps": 2, "logging_steps": 1, "save_strategy": "no", "l1_weight": 0.1}
+    options |= {"train_parameters": "all", "ce_weight": 0.5, "per_device_eval_batch_size": 3}
+    run(teacher, text, tmp_path / "one", per_device_train_batch_size=2, **options)
+    options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
+    arguments = [teacher, text, str(tmp_path / "two"), repr(options)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *arguments],
+            cwd=ROOT,
+            env=os.environ | env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    one, two = (read(tmp_path / name / "history.json")["rows"] for name in ("one", "two"))
+    assert len(one) == len(two) > 2
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {"wall_seconds", "cpu_seconds", "cpu_memory_mb", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    expected, got = (weights(tmp_path / name / "student") for name in ("one", "two"))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two whole checkpoints, 9 and 10, as far as the file names go."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "weights").write_bytes(b"w" * 100)
+        (folder / "inner" / "state").write_bytes(b"s" * 10)
+        mark_complete(folder)
+    return tmp_path
+
+
+def test_the_newest_whole_checkpoint_is_found_by_number(checkpoints):
+    (checkpoints / "checkpoint-notes").mkdir()
+    assert newest_complete(checkpoints).name == "checkpoint-10"
+    assert newest_complete(checkpoints / "nothing") is None
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "unmarked", "half a marker"])
+def test_torn_checkpoints_are_passed_over(checkpoints, harm, caplog):
+    newest = checkpoints / "checkpoint-10"
+    if harm == "truncate":
+        os.truncate(newest / "weights", 50)
+    elif harm == "remove":
+        (newest / "inner" / "state").unlink()
+    elif harm == "unmarked":
+        (newest / MARKER).unlink()
+    else:
+        os.truncate(newest / MARKER, 9)
+    assert newest_complete(checkpoints).name == "checkpoint-9"
+    with pytest.raises(UserError, match="checkpoint-10 is incomplete or was truncated"):
+        load_model(newest)
+
+
+def too_small_a_disk(folder):
+    """The system refuses files of more than 2 kB, as it refuses more than a disk holds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk_at(file):
+    """/dev/full has no space left for this file."""
+
+    def fill(folder):
+        folder.mkdir()
+        (folder / file).symlink_to("/dev/full")
+        return lambda: None
+
+    return fill
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    ("fill", "reason"),
+    [
+        (too_small_a_disk, "File too large"),
+        (full_disk_at("optimizer.pt"), "file write failed|unexpected pos"),
+        (full_disk_at("trainer_state.json"), "No space left on device"),
+    ],
+    ids=["weights", "optimizer", "state"],
+)
+def test_a_full_disk_leaves_the_older_checkpoints(
+    teacher, text, tmp_path, monkeypatch, fill, reason
+):
+    save = DistillationTrainer._save_checkpoint
+
+    def save_on_full_disk(self, model, trial):
+        full = self.state.global_step == 4
+        relieve = fill(Path(self.args.output_dir) / "checkpoint-4") if full else lambda: None
+        try:
+            save(self, model, trial)
+        finally:
+            relieve()
+
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", save_on_full_disk)
+    message = f"cannot write .*checkpoint-4: .*({reason}).* MiB free.*whole one is checkpoint-2"
+    with pytest.raises(UserError, match=message):
+        run(teacher, text, tmp_path / "run", save_steps=2)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "student").exists()
+    monkeypatch.undo()
+    assert (run(teacher, text, tmp_path / "run", resume=True) / "student").exists()
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "student"
+    write_folder(target, lambda folder: (folder / "old").touch())
+
+    def fail(folder):
+        (folder / "new").touch()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot write .*student: No space left on device"):
+        write_folder(target, fail)
+    assert [p.name for p in tmp_path.rglob("*")] == ["student", "old"]
+    write_folder(target, lambda folder: (folder / "new").touch())
+    assert [p.name for p in tmp_path.rglob("*")] == ["student", "new"]
+
+
+# ---- pretraining
+
+
+def test_pretraining_learns_and_saves_a_model_like_any_other(text, tmp_path):
+    shape = {"layers": 1, "width": 16, "heads": 2, "context": CONTEXT}
+    folder = pretrain(
+        text, tmp_path / "model", steps=8, max_eval_tokens=160, **shape, **QUIET, warmup_steps=1
+    )
+    rows = read(folder / "history.json")["rows"]
+    evaluated = [row for row in rows if "eval_ce" in row]
+    assert evaluated[-1]["step"] == 8 and "eval_kl" not in evaluated[-1]
+    assert evaluated[-1]["eval_ce"] < evaluated[0]["eval_ce"]
+    assert read(folder / "pretrain.json")["training"]["max_steps"] == 8
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert check_fits(model, tokenizer, None) == CONTEXT
+    assert type(model) is GPT2LMHeadModel and model.config.n_layer == 1
+    with pytest.raises(UserError, match="already holds a model"):
+        pretrain(text, folder)
+    with pytest.raises(UserError, match="--heads must divide --width; got 3 heads"):
+        pretrain(text, tmp_path / "other", width=16, heads=3)

@@ -1,0 +1,198 @@
+"""Evaluation and generation: numbers against their definitions, controls, texts and timings."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from attnopt import LastK, UserError, convert
+from attnopt.data import load_blocks
+from attnopt.demo_text import byte_tokenizer
+from attnopt.distill import distill
+from attnopt.evaluate import compare, evaluate, evaluate_models
+from attnopt.generate import cache_bytes, compare_generation, generate_samples, time_generation
+from attnopt.pretrain import small_gpt2
+
+BYTES = byte_tokenizer()
+CONTEXT = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(120)))
+    return str(path)
+
+
+@pytest.fixture
+def teacher():
+    """A random model whose attention matters."""
+    torch.manual_seed(0)
+    model = small_gpt2(BYTES, layers=2, width=16, heads=2, context=CONTEXT).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(6)
+            block.attn.c_proj.weight.mul_(6)
+    return model
+
+
+@pytest.fixture
+def run(teacher, text, tmp_path):
+    teacher.save_pretrained(tmp_path / "teacher")
+    BYTES.save_pretrained(tmp_path / "teacher")
+    options = {"max_steps": 4, "learning_rate": 1e-3, "disable_tqdm": True, "max_eval_tokens": 48}
+    return distill(tmp_path / "teacher", LastK(window=3), text, tmp_path / "run", **options)
+
+
+def blocks_of(text, **options):
+    return load_blocks(text, BYTES, block_size=CONTEXT, **{"split": "test", **options})
+
+
+def log_probabilities(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits.log_softmax(-1)
+
+
+def test_numbers_are_those_of_whole_logits(teacher, text):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    blocks = blocks_of(text).select(range(11))
+    ids = torch.tensor(blocks["input_ids"][:])
+    log_p, log_q = log_probabilities(teacher, ids), log_probabilities(student, ids)
+    ce, teacher_ce = (-x[:, :-1].gather(-1, ids[:, 1:, None]).mean().item() for x in (log_q, log_p))
+    expected = {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(-1).mean().item(),
+        "ce": ce,
+        "perplexity": torch.tensor(ce).exp().item(),
+        "perplexity_ratio": torch.tensor(ce - teacher_ce).exp().item(),
+        "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item(),
+    }
+    assert expected["kl"] > 0.01 and expected["top1_agreement"] < 1
+    for batch_size in (1, 4, 64):
+        got = compare(teacher, {"it": student, "same": teacher}, blocks, batch_size=batch_size)
+        assert got["it"] == pytest.approx(expected, rel=1e-4)
+        assert got["same"]["kl"] == got["same"]["reverse_kl"] == 0
+        assert got["same"]["perplexity_ratio"] == got["same"]["top1_agreement"] == 1
+
+
+def test_the_control_is_a_teacher_whose_tokens_see_only_themselves(teacher, text):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    blocks = blocks_of(text).select(range(3))
+    got = evaluate_models(teacher, student, blocks)
+    ids = torch.tensor(blocks["input_ids"][:])
+    places = torch.arange(CONTEXT).repeat(3)[:, None]  # every token as a text of its own
+    alone = log_probabilities(teacher, ids.reshape(-1, 1), position_ids=places)
+    log_p = log_probabilities(teacher, ids).flatten(0, 1)
+    expected = (log_p.exp() * (log_p - alone[:, 0])).sum(-1).mean().item()
+    assert got["control_self_only_kl"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.5 and got["conclusive"] and got["warning"] is None
+    assert got["tokens"] == 3 * CONTEXT
+    assert got["models"]["zero-shot"] == got["models"]["student"]
+
+
+def test_a_teacher_without_attention_supports_no_conclusion(teacher, text):
+    with torch.no_grad():
+        for block in teacher.transformer.h:
+            block.attn.c_proj.weight.mul_(1e-3)
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    got = evaluate_models(teacher, student, blocks_of(text).select(range(3)))
+    assert got["models"]["student"]["perplexity_ratio"] == pytest.approx(1, abs=0.05)  # "perfect"
+    assert not got["conclusive"] and "draw no conclusion" in got["warning"]
+    with pytest.raises(UserError, match="the student is not a converted model"):
+        evaluate_models(student, teacher, blocks_of(text))
+
+
+def test_a_run_is_evaluated_on_what_it_has_not_seen(run, text, tmp_path):
+    result = evaluate(run)
+    assert result == json.loads((run / "evaluation.json").read_text())
+    assert result["data"] == text and result["split"] == "validation"
+    assert result["tokens"] == len(blocks_of(text, split="validation")) * CONTEXT
+    assert set(result["models"]) == {"teacher", "zero-shot", "student"}
+    models = result["models"]
+    assert 0 < models["student"]["kl"] < models["zero-shot"]["kl"]
+    other = tmp_path / "other.txt"
+    other.write_text("The quick brown fox. " * 20)
+    result = evaluate(run, data=str(other), block_size=12, max_tokens=60)
+    assert result["split"] == "test" and result["tokens"] == 60
+
+
+def test_a_student_alone_needs_teacher_and_data(run, text, tmp_path):
+    alone = {"teacher": tmp_path / "teacher", "data": text}
+    assert evaluate(run / "student", **alone)["split"] == "test"
+    for missing in alone:
+        given = {name: value for name, value in alone.items() if name != missing}
+        with pytest.raises(UserError, match="pass --teacher and --data"):
+            evaluate(run / "student", **given)
+    with pytest.raises(UserError, match="no model folder"):
+        evaluate(run, teacher="./nothing")
+    (run / "run.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read .*run.json"):
+        evaluate(run)
+
+
+def test_samples_are_seeded_prompt_by_prompt(teacher):
+    settings = {"max_new_tokens": 12, "seed": 3}
+    prompts = ["one", "and two"]
+    texts = generate_samples(teacher, BYTES, prompts, **settings)
+    state = torch.random.get_rng_state()
+    assert generate_samples(teacher, BYTES, prompts[::-1], **settings) == texts[::-1]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert generate_samples(teacher, BYTES, prompts, max_new_tokens=12, seed=4) != texts
+    greedy = generate_samples(teacher, BYTES, ["one"], top_k=1, **settings)
+    for changed in ({"seed": 4}, {"temperature": 5.0}):
+        assert generate_samples(teacher, BYTES, ["one"], top_k=1, **settings | changed) == greedy
+    ids = BYTES("one", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        for _ in range(12):
+            step = teacher(input_ids=ids).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], dim=-1)
+            if step.item() == BYTES.eos_token_id:
+                break
+    assert greedy == [BYTES.decode(ids[0, 3:], skip_special_tokens=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "at least one token; got an empty one"), ("x" * 20, "20 tokens; with 5 new ones")],
+)
+def test_prompts_must_fit(teacher, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate_samples(teacher, BYTES, [prompt], max_new_tokens=5)
+
+
+def test_timing_counts_the_memory_of_the_cache(teacher):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    prompt = torch.tensor([[65]])
+    dense, band = (time_generation(m, [4, 8, 16], prompt=prompt) for m in (teacher, student))
+    assert [row["new_tokens"] for row in dense] == [4, 8, 16]
+    assert all(row["seconds"] > 0 for row in dense + band)
+    # keys and values, 2 layers of 16 fp32 numbers; the last token made is not in the cache
+    assert [row["cache_bytes"] for row in dense] == [n * 2 * 2 * 16 * 4 for n in (4, 8, 16)]
+    assert len({row["cache_bytes"] for row in band}) == 1
+    assert band[0]["cache_bytes"] <= 4 * 2 * 2 * 16 * 4
+
+
+def test_shared_memory_is_counted_once():
+    cache = DynamicCache()
+    whole = torch.zeros(1, 1, 8, 4)
+    cache.update(whole, whole, 0)
+    layer = cache.layers[0]
+    layer.keys, layer.values = whole[:, :, :2], whole[:, :, 2:]
+    assert cache_bytes(cache) == 8 * 4 * 4
+
+
+def test_teacher_and_student_side_by_side(teacher, tmp_path):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    settings = {"max_new_tokens": 8, "temperature": 0.9, "top_k": 20, "seed": 1}
+    prompts = ["ab", "cde"]
+    got = compare_generation(teacher, student, BYTES, prompts, output=tmp_path, **settings)
+    assert got == json.loads((tmp_path / "generation.json").read_text())
+    assert got["settings"] == settings
+    for model, name in ((teacher, "teacher"), (student, "student")):
+        texts = generate_samples(model, BYTES, prompts, **settings)
+        assert [sample[name] for sample in got["samples"]] == texts
+    assert [sample["prompt"] for sample in got["samples"]] == prompts
+    timed = [(row["model"], row["new_tokens"]) for row in got["timing"]]
+    assert timed == [("teacher", 16), ("student", 16)]
