@@ -16,7 +16,7 @@ _forced = False
 
 @contextlib.contextmanager
 def force_triton() -> Iterator[None]:
-    """Let `backend="auto"` launch Triton kernels whatever device the tensors live on.
+    """Send ops with `backend="auto"` to their Triton kernels, whatever the tensors' device.
 
     On CPU tensors the kernels then run in Triton's interpreter, which needs `TRITON_INTERPRET=1`
     in the environment before Triton is imported.

@@ -304,7 +304,7 @@ run(teacher, text, folder, **eval(options))
 
 
 def test_two_processes_equal_one(teacher, text, tmp_path):
-    options = {"steps": 2, "logging_steps": 1, "save_strategy": "no", "l1_weight": 0.1}
+    options = {"steps": 2, "logging_steps": 1, "l1_weight": 0.1}
     options |= {"train_parameters": "all", "ce_weight": 0.5, "per_device_eval_batch_size": 3}
     run(teacher, text, tmp_path / "one", per_device_train_batch_size=2, **options)
     options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
@@ -325,6 +325,7 @@ def test_two_processes_equal_one(teacher, text, tmp_path):
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert newest_complete(tmp_path / "two" / "checkpoints").name == "checkpoint-2"
     one, two = (read(tmp_path / name / "history.json")["rows"] for name in ("one", "two"))
     assert len(one) == len(two) > 2
     for a, b in zip(one, two, strict=True):

@@ -1,5 +1,8 @@
 """Last-k attention as an operator: registration, backends, decoding, and its error messages."""
 
+import subprocess
+import sys
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from itertools import product
@@ -291,3 +294,24 @@ def test_window_must_be_a_positive_integer(window: float) -> None:
 def test_decode_takes_one_query() -> None:
     with pytest.raises(ValueError, match="12"):
         lastk_decode(**make_inputs())
+
+
+def test_explicit_triton_on_cpu_computes_bfloat16_exactly():
+    """The interpreter alone would multiply the raw bits of bf16 numbers."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter runs only where there is no GPU")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 33, 32, generator=generator).bfloat16() for _ in range(3))
+    weights = torch.randn(5, generator=generator)
+    code = (
+        "import sys, torch; from attnopt import lastk_attention; "
+        "q, k, v, w = torch.load(sys.argv[1]); "
+        "torch.save(lastk_attention(q, k, v, w, backend='triton'), sys.argv[1])"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # a process in which nothing is repaired yet
+        path = f"{folder}/tensors.pt"
+        torch.save([q, k, v, weights], path)
+        subprocess.run([sys.executable, "-c", code, path], check=True)
+        out = torch.load(path)
+    expected = lastk_attention(q.double(), k.double(), v.double(), weights, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)

@@ -3,7 +3,7 @@
 `cases()` lists them and `force_triton()` sends ops to their Triton kernels on any device.
 """
 
+from attnopt.kernels.dispatch import force_triton
 from attnopt.testing.case import Case, cases
-from attnopt.testing.interpreter import force_triton
 
 __all__ = ["Case", "cases", "force_triton"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnopt.kernels.checks import check_head_weights, check_key_mask, check_qkv, check_scale
 from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
+from attnopt.kernels.interpreter import repair_bfloat16
 from attnopt.kernels.lastk import eager
 from attnopt.kernels.lastk.reference import lastk_reference
 
@@ -167,7 +168,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        forward, _ = _implementation(backend)
+        forward, _ = _implementation(backend, q.device)
         return forward(
             q, k, v, log_weights, sink_log_weights, key_mask, scale
         )
@@ -188,15 +189,17 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        _, backward = _implementation(backend)
+        _, backward = _implementation(backend, q.device)
         return backward(
             grad, q, k, v, log_weights, sink_log_weights, key_mask, out, lse, scale
         )
 
 
-def _implementation(backend: str) -> tuple[Callable, Callable]:
+def _implementation(backend: str, device: torch.device) -> tuple[Callable, Callable]:
     """Forward and backward of a backend; Triton is imported only where it is used."""
     if backend == "triton":
+        if device.type == "cpu":
+            repair_bfloat16()
         from attnopt.kernels.lastk.triton_backward import lastk_backward
         from attnopt.kernels.lastk.triton_forward import lastk_forward
 

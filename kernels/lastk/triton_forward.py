@@ -105,7 +105,8 @@ def lastk_forward_kernel(
         # [BLOCK_T, COLS]
         k = load_rows(k_ptr, (k_strides[2], k_strides[3]), start + t0, real, BLOCK_T, COLS, DIM)
         v = load_rows(v_ptr, (v_strides[2], v_strides[3]), start + t0, real, BLOCK_T, COLS, DIM)
-        bias = sink_bias(sink_ptr + h * T, t[None, :], real[None, :] & (j[None, :] <= i[:, None]), T)
+        visible = real[None, :] & (j[None, :] <= i[:, None])
+        bias = sink_bias(sink_ptr + h * T, t[None, :], visible, T)
         # [BLOCK_Q, BLOCK_T]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         acc, top, total = online_softmax_update(acc, top, total, scores, v, PRECISION)

@@ -1,4 +1,4 @@
-"""Triton kernels on CPU tensors: Triton's interpreter, with its bfloat16 arithmetic repaired.
+"""Triton's interpreter, which runs kernels on CPU tensors, with its bfloat16 arithmetic repaired.
 
 The interpreter keeps bf16 values as raw 16-bit integers. It multiplies those integers in `dot`, and
 truncates where hardware rounds to nearest even (seen in Triton 3.6 and 3.9). Here both are exact.
@@ -6,25 +6,22 @@ truncates where hardware rounds to nearest even (seen in Triton 3.6 and 3.9). He
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
 
-from attnopt.kernels import dispatch
 
+@functools.cache
+def repair_bfloat16() -> None:
+    """Make the interpreter multiply and round bfloat16 as hardware does; once per process."""
+    import triton.language as tl
+    from triton.runtime import interpreter
 
-@contextlib.contextmanager
-def force_triton() -> Iterator[None]:
-    """Send ops with `backend="auto"` to their Triton kernels, whatever the tensors' device.
-
-    On CPU tensors this needs `TRITON_INTERPRET=1` in the environment before Triton is imported.
-    """
-    _repair_bfloat16()
-    with dispatch.force_triton():
-        yield
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    builder.create_dot = _exact_dot(builder.create_dot, tl, handle)
+    builder.cast_impl = _exact_cast(builder.cast_impl, tl, handle)
 
 
 def _bits_to_float(bits: np.ndarray) -> np.ndarray:
@@ -36,17 +33,6 @@ def _float_to_bits(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-@functools.cache
-def _repair_bfloat16() -> None:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    handle = interpreter.TensorHandle
-    builder.create_dot = _exact_dot(builder.create_dot, tl, handle)
-    builder.cast_impl = _exact_cast(builder.cast_impl, tl, handle)
 
 
 def _exact_dot(create_dot, tl: ModuleType, handle):  # noqa: ANN001
