@@ -22,7 +22,15 @@ TEACHER = [
     *_fast_bfloat16(),
 ]
 _DISTILL = ["--data", "demo", "--steps", "300", "--batch-size", "4", *_fast_bfloat16()]
+# Coefficients learn faster than weights, or 300 steps would not move them visibly.
 STUDENTS = {
-    "last-5": [*_DISTILL, "--window", "5", "--learning-rate", "1e-3"],
-    "last-32-sinks": [*_DISTILL, "--window", "32", "--sinks", "4", "--learning-rate", "3e-4"],
+    "last-5": [
+        *_DISTILL,
+        *("--window", "5", "--learning-rate", "2e-3", "--coefficient-learning-rate", "5e-2"),
+    ],
+    "last-32-sinks": [
+        *_DISTILL,
+        *("--window", "32", "--sinks", "4"),
+        *("--learning-rate", "3e-4", "--coefficient-learning-rate", "3e-2"),
+    ],
 }

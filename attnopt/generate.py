@@ -107,7 +107,7 @@ def compare_generation(
 
     Raises UserError as generate_samples does.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed
     }  # fmt: skip
     models = {"teacher": teacher.eval(), "student": student.eval()}

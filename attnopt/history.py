@@ -1,6 +1,7 @@
 """What a training run leaves behind while it runs: history.json, and a progress bar."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from attnopt.convert import mechanisms
 _TRAINING_KEYS = ("loss", "kl", "ce", "l1", "learning_rate", "grad_norm")
 _EVALUATION_KEYS = ("kl", "ce", "perplexity", "top1", "teacher_perplexity")
 KEYS = (*_TRAINING_KEYS, *(f"eval_{key}" for key in _EVALUATION_KEYS))
+SNAPSHOTS = 100  # of the coefficients, at most, however long the run
 _MIB = 2**20
 
 
 class History(TrainerCallback):
-    """Writes history.json at every log: one row per step, and the coefficients of every layer.
+    """Writes history.json at every log: one row per step, and the coefficients of every layer
+    at up to SNAPSHOTS + 1 steps.
 
     Times count from the start of training, over all its resumptions; memory is in MiB, that of
     the GPU the peak so far. A resumed run drops the rows after the checkpoint it starts from.
@@ -62,11 +65,18 @@ class History(TrainerCallback):
             return
         if not self.rows or self.rows[-1]["step"] != state.global_step:
             self.rows.append({"step": state.global_step})
-            self.coefficients.append({"step": state.global_step, "layers": _coefficients(model)})
+            self._snapshot(state, model)
         self.rows[-1].update(known, **self._cost())
         labels = {str(i): m.labels() for i, m in _mechanisms(model).items()}
         content = {"rows": self.rows, "coefficients": self.coefficients, "labels": labels}
         write_json(self.path, content)
+
+    def _snapshot(self, state: TrainerState, model: nn.Module | None) -> None:
+        last = self.coefficients[-1]["step"] if self.coefficients else -math.inf
+        due = state.global_step - last >= state.max_steps / SNAPSHOTS
+        if due or state.global_step == state.max_steps:
+            entry = {"step": state.global_step, "layers": _coefficients(model)}
+            self.coefficients.append(entry)
 
     def _cost(self) -> dict[str, float]:
         cost = {

@@ -97,14 +97,14 @@ def head_computes(model: PreTrainedModel, function: Callable[[HeadInput], Any]) 
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the output head must be a torch.nn.Linear; got {type(head).__name__}")
-    before = head.__dict__.get("forward")
-    head.forward = lambda hidden: function(HeadInput(hidden, head.weight, head.bias))
+    attributes = vars(head)
+    before = {k: v for k, v in attributes.items() if k == "forward"}  # somebody else's wrapper
+    attributes["forward"] = lambda hidden: function(HeadInput(hidden, head.weight, head.bias))
     try:
         yield
     finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
+        del attributes["forward"]
+        attributes.update(before)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -184,7 +184,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # hidden [B, T, E], weight [V, E]; labels [N] shifted, shares [2, N] of KL and CE
         inputs, wanted = (hidden, weight, bias), ctx.needs_input_grad[:3]
         grads = [
-            torch.zeros_like(x, dtype=_accumulator(x.dtype)) if want else None
+            torch.zeros_like(x, dtype=_accumulator(x.dtype)) if x is not None and want else None
             for x, want in zip(inputs, wanted, strict=True)
         ]
         student = _cast(HeadInput(*inputs), dtype)
@@ -195,9 +195,11 @@ class _ChunkedLoss(torch.autograd.Function):
             sums += _terms(logits, target, labels[tokens, None], share, objective)
             if any(wanted):  # logits [n, V] now hold their gradient
                 _add_linear_grads(grads, student, tokens, logits)
-        ctx.save_for_backward(
-            *(g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+        rounded = (
+            None if grad is None or x is None else grad.to(x.dtype)
+            for grad, x in zip(grads, inputs, strict=True)
         )
+        ctx.save_for_backward(*rounded)
         kl, ce = sums.unbind()
         ctx.mark_non_differentiable(kl, ce)
         return objective.kl_weight * kl + objective.ce_weight * ce, kl, ce

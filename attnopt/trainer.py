@@ -19,6 +19,7 @@ from attnopt.data import collate
 from attnopt.errors import UserError
 from attnopt.history import ProgressBar
 from attnopt.losses import (
+    Direction,
     HeadInput,
     Objective,
     TokenLosses,
@@ -46,7 +47,9 @@ class DistillationArguments(TrainingArguments):
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of next-token cross-entropy."})
     l1_weight: float = field(default=0.0, metadata={"help": "Weight of the L1 of coefficients."})
-    direction: str = field(default="forward", metadata={"help": "forward: KL(teacher||student)."})
+    direction: Direction = field(
+        default="forward", metadata={"help": "forward: KL(teacher||student)."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Softens both sides of the KL."})
     train_parameters: str = field(
         default="attention",

@@ -29,17 +29,22 @@ from torch import Tensor
 from attnopt.kernels.lastk.sinks import add_at_sinks, gather_sinks, sink_positions
 
 SEGMENT_BYTES = 8 << 20  # of scores at a time: larger temporaries are page-faulted afresh each time
+WIDE = 4  # blocks of halo from which a text's first, shorter windows are worth one segment each
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `t0:t1` of sequences `x0:x1`; a contiguous run `blocks` of the flat buffer."""
+    """Blocks `t0:t1` of sequences `x0:x1`; a contiguous run `blocks` of the flat buffer.
+
+    The first `skip` blocks of every window lie before the sequence: nothing is computed there.
+    """
 
     x0: int
     x1: int
     t0: int
     t1: int
     blocks: slice
+    skip: int
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,19 @@ class Tiling:
         """Runs of blocks whose scores fit `SEGMENT_BYTES`: whole sequences, or parts of one."""
         per_block = self.G * self.C * self.L * self.itemsize
         blocks = max(1, SEGMENT_BYTES // per_block)
-        if blocks >= self.nb:
+        if self.r >= WIDE:
+            blocks = 1
+        elif blocks >= self.nb:
             step = blocks // self.nb
             for x in range(0, self.X, step):
                 end = min(x + step, self.X)
-                yield Segment(x, end, 0, self.nb, slice(x * self.nb, end * self.nb))
+                yield Segment(x, end, 0, self.nb, slice(x * self.nb, end * self.nb), 0)
             return
         for x in range(self.X):
             for t in range(0, self.nb, blocks):
                 end = min(t + blocks, self.nb)
-                yield Segment(x, x + 1, t, end, slice(x * self.nb + t, x * self.nb + end))
+                run = slice(x * self.nb + t, x * self.nb + end)
+                yield Segment(x, x + 1, t, end, run, max(0, self.r + 1 - end))
 
     def pack_queries(self, x: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
         """`[B, H, Nq, D]` to blocks `[X nb, G C, D]`; rows before the first query hold `value`."""
@@ -112,15 +120,16 @@ class Tiling:
     def windows(self, buffer: Tensor, s: Segment) -> Tensor:
         """The windows `[n, L, D]` of a segment's blocks: a view of the buffer, nothing copied."""
         n, row = s.blocks.stop - s.blocks.start, self.D
-        return buffer.as_strided(
-            (n, self.L, row), (self.C * row, row, 1), s.blocks.start * self.C * row
-        )
+        size = (n, self.L - s.skip * self.C, row)
+        start = (s.blocks.start + s.skip) * self.C * row
+        return buffer.as_strided(size, (self.C * row, row, 1), start)
 
     def scatter_windows(self, buffer: Tensor, s: Segment, weights: Tensor, rows: Tensor) -> None:
         """Add `weights^T rows` of every window, `[n, G C, L]^T [n, G C, D]`, to the buffer."""
         blocks = buffer.view(-1, self.C, self.D)
-        for shift in range(self.r + 1):
-            part = weights[:, :, shift * self.C : (shift + 1) * self.C].transpose(1, 2)
+        for i in range(self.r + 1 - s.skip):
+            part = weights[:, :, i * self.C : (i + 1) * self.C].transpose(1, 2)
+            shift = s.skip + i
             blocks[s.blocks.start + shift : s.blocks.stop + shift].baddbmm_(part, rows)
 
     def unpack_keys(self, buffer: Tensor, like: Tensor) -> Tensor:
@@ -183,14 +192,15 @@ class Problem:
         self.first = k.shape[2] - t.N  # position of the buffer's first token
 
     def scores(self, s: Segment) -> Tensor:
-        """`s + b` of a segment's blocks and windows, `[n, G C, L]`."""
+        """`s + b` of a segment's blocks and windows, `[n, G C, L]`, without the skipped keys."""
         t = self.tiling
         sequences = torch.arange(s.x0, s.x1, device=self.q.device)
-        hidden = self.key_bias[sequences // self.Hkv, s.t0 : s.t1].reshape(-1, 1, t.L)
         windows = t.windows(self.k, s).transpose(1, 2)
+        L = windows.shape[2]
+        hidden = self.key_bias[sequences // self.Hkv, s.t0 : s.t1, -L:].reshape(-1, 1, L)
         scores = torch.baddbmm(hidden, self.q[s.blocks], windows, alpha=self.scale)
-        scores.view(s.x1 - s.x0, -1, t.G, t.C, t.L).add_(
-            self.bias[sequences % self.Hkv].unsqueeze(1)
+        scores.view(s.x1 - s.x0, -1, t.G, t.C, L).add_(
+            self.bias[sequences % self.Hkv, ..., -L:].unsqueeze(1)
         )
         return scores
 
@@ -300,9 +310,10 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
         torch.bmm(dscores, t.windows(p.k, s), out=dq[s.blocks])
         t.scatter_windows(dv, s, probs, do)
         t.scatter_windows(dk, s, dscores, rows)
-        by_head = dscores.view(s.x1 - s.x0, -1, t.G, t.C, t.L).sum(1)
+        L = dscores.shape[2]
+        by_head = dscores.view(s.x1 - s.x0, -1, t.G, t.C, L).sum(1)
         for x in range(s.x0, s.x1):
-            dbias[x % p.Hkv] += by_head[x - s.x0]
+            dbias[x % p.Hkv, ..., -L:] += by_head[x - s.x0]
         if p.sinks is not None:
             x = slice(s.x0, s.x1)
             do, rows = p.sink_rows(do, s), p.sink_rows(rows, s)
