@@ -31,6 +31,8 @@ from attnopt.report.runs import load_runs
 
 COMMAND = [sys.executable, "-m", "attnopt"]
 POLL_SECONDS = 0.5
+# Enough for the curves; the evaluation after training takes all of the held-out text.
+WHILE_TRAINING = ["--max-eval-tokens", "16384"]
 COLUMNS = (
     TextColumn("{task.description:<34}"),
     BarColumn(),
@@ -39,7 +41,7 @@ COLUMNS = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
     """One command: what the progress bar calls it, and the folder whose history it grows."""
 
@@ -47,6 +49,21 @@ class Step:
     arguments: list[str]
     folder: Path
     log: Path
+
+    @property
+    def total(self) -> int | None:
+        """Optimizer steps of a training command, None for the others."""
+        if "--steps" not in self.arguments:
+            return None
+        return int(self.arguments[self.arguments.index("--steps") + 1])
+
+    def done(self) -> tuple[int, str]:
+        """Optimizer steps done so far, and a note on the loss."""
+        try:
+            row = json.loads((self.folder / "history.json").read_text())["rows"][-1]
+        except (OSError, ValueError, IndexError):
+            return 0, "running"
+        return row["step"], f"loss {number(row['loss'], 3)}" if "loss" in row else "running"
 
 
 class Chain:
@@ -91,17 +108,12 @@ class Chain:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        total = _option(step.arguments, "--steps")
-        self.task = self.progress.add_task(step.title, total=total, note="starting")
+        self.task = self.progress.add_task(step.title, total=step.total, note="starting")
 
     def _show(self) -> None:
         assert self.step is not None and self.task is not None
-        row = _last_row(self.step.folder / "history.json")
-        if row and _option(self.step.arguments, "--steps"):
-            loss = f"loss {number(row.get('loss'), 3)}" if "loss" in row else ""
-            self.progress.update(self.task, completed=row["step"], note=loss)
-        elif _option(self.step.arguments, "--steps") is None:
-            self.progress.update(self.task, note="running")
+        completed, note = (0, "running") if self.step.total is None else self.step.done()
+        self.progress.update(self.task, completed=completed, note=note)
 
     def _finish(self, status: int) -> None:
         assert self.step is not None and self.task is not None
@@ -109,7 +121,7 @@ class Chain:
             lines = self.step.log.read_text(errors="replace").strip().splitlines()
             last = lines[-1].removeprefix("error: ") if lines else f"exit status {status}"
             raise UserError(f"{self.step.title} failed: {last} (all of it: {self.step.log})")
-        total = _option(self.step.arguments, "--steps") or 1
+        total = self.step.total or 1
         self.progress.update(self.task, total=total, completed=total, note="done")
         self.process = None
 
@@ -152,7 +164,7 @@ def teacher_folder() -> Path:
 def _train_teacher(target: Path, output: Path, progress: Progress) -> None:
     """Train under another name and rename, so that a broken-off teacher is never taken for one."""
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-    arguments = ["pretrain", *TEACHER, "--output", str(temporary)]
+    arguments = ["pretrain", *TEACHER, *WHILE_TRAINING, "--output", str(temporary)]
     step = Step("train the teacher", arguments, temporary, output / "logs" / "teacher.log")
     try:
         _run([Chain([step], progress)])
@@ -167,7 +179,7 @@ def _train_teacher(target: Path, output: Path, progress: Progress) -> None:
 def _student_steps(folder: Path, teacher: Path) -> list[Step]:
     name, run = folder.name, str(folder)
     log = folder.parent.parent / "logs"
-    options = [*STUDENTS[name], "--model", str(teacher), "--output", run]
+    options = ["--model", str(teacher), *STUDENTS[name], *WHILE_TRAINING, "--output", run]
     return [
         Step(f"{name}: distill", ["distill", *options], folder, log / f"{name}-distill.log"),
         Step(f"{name}: evaluate", ["evaluate", run], folder, log / f"{name}-evaluate.log"),
@@ -198,14 +210,3 @@ def _run(chains: Sequence[Chain]) -> None:
 def _fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     return folder
-
-
-def _option(arguments: Sequence[str], name: str) -> int | None:
-    return int(arguments[arguments.index(name) + 1]) if name in arguments else None
-
-
-def _last_row(path: Path) -> dict[str, float] | None:
-    try:
-        return json.loads(path.read_text())["rows"][-1]
-    except (OSError, ValueError, IndexError):
-        return None

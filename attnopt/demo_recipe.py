@@ -18,7 +18,7 @@ def _fast_bfloat16() -> list[str]:
 TEACHER = [
     *("--data", "demo", "--tokenizer", "bytes"),
     *("--layers", "4", "--width", "128", "--heads", "4", "--context", "256"),
-    *("--steps", "2000", "--batch-size", "4", "--learning-rate", "2e-3"),
+    *("--steps", "1600", "--batch-size", "4", "--learning-rate", "2e-3"),
     *_fast_bfloat16(),
 ]
 _DISTILL = ["--data", "demo", "--steps", "300", "--batch-size", "4", *_fast_bfloat16()]

@@ -63,7 +63,7 @@ def distill(
 ) -> Path:
     """Convert a copy of the teacher, distill it, and return the run folder with the result.
 
-    teacher: folder or Hub id of a model that `attnopt.convert` supports, also a run's student.
+    teacher: folder or Hub id of a model that `attnopt.convert` supports.
     config, layers: as for `attnopt.convert`. data, text_column, validation: as for
     `attnopt.data.load_blocks`. tokenizer: folder or id, the teacher's own by default.
     block_size: tokens of a training sequence, by default the context up to 1024.

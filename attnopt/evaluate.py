@@ -95,6 +95,8 @@ def evaluate(
     teacher, data = teacher or about.get("teacher"), data or about.get("data")
     if teacher is None or data is None:
         raise UserError(f"{student} is not a run folder (no run.json): pass --teacher and --data")
+    if about and not (run / "student").is_dir():
+        raise UserError(f"{run} has no student yet: finish it with attnopt distill --resume")
     own = data == about.get("data")
     split: Split = "validation" if own and is_file(data) else "test"
     device = "cuda" if torch.cuda.is_available() else "cpu"

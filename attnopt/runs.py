@@ -99,8 +99,13 @@ def train(trainer: DistillationTrainer, resume: bool) -> None:
 
 
 def finish_distributed() -> None:
-    """Leave the process group, without which some ranks of a finished run exit with an error."""
+    """Wait for all ranks and leave the process group.
+
+    Without leaving, some ranks of a finished run exit with an error; without waiting, a rank that
+    is done early can hang while its last collective is being torn down.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
@@ -127,7 +132,7 @@ def _load(cls: Any, name: str | Path) -> Any:
     if not local and (str(name).startswith((".", "/", "~")) or str(name).count("/") > 1):
         raise UserError(f"there is no {kind} folder {name}")
     # Without network only what was downloaded before can be had, and then at once.
-    offline = not local and why_unreachable("model", str(name), flag="--model") is not None
+    offline = not local and why_unreachable("model", str(name), flag=f"--{kind}") is not None
     try:
         return cls.from_pretrained(str(name), local_files_only=offline)
     except (OSError, ValueError) as error:

@@ -1,12 +1,14 @@
-"""Put the committed results of the demonstration into README.md: its table and its picture.
+"""Put results of the demonstration into the documentation: README.md's table and its picture.
 
-    python docs/refresh.py
+    python docs/refresh.py [demo-report]
 
-reads docs/results/demo/report.json, the numbers beside a report of `make demo`.
+With the folder of a report of `make demo`, that becomes docs/results/demo first, the user's home
+written as ~. Without, table and picture are made anew from what is there.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -48,7 +50,18 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def adopt(folder: Path) -> None:
+    """Copy a report and its numbers to docs/results/demo."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "report.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (RESULTS.parent / name).write_text(text.replace(str(Path.home()), "~"), encoding="utf-8")
+
+
 def main() -> None:
+    """Adopt a report if one is named, then make table and picture."""
+    if len(sys.argv) > 1:
+        adopt(Path(sys.argv[1]))
     runs = read_runs()
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda _: table(runs), readme.read_text()))

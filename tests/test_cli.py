@@ -1,6 +1,7 @@
 """The command line: instant help, options that reach the functions, mistakes in one line."""
 
 import inspect
+import json
 import subprocess
 import sys
 import time
@@ -155,6 +156,32 @@ def test_pretrain_passes_everything_on(run, recorded):
     assert training["per_device_train_batch_size"] == 2 and training["learning_rate"] == 0.1
 
 
+def test_evaluate_prints_the_comparison(run, monkeypatch, write_run, tmp_path):
+    from attnopt import evaluate as module
+
+    folder, calls = write_run(tmp_path / "a"), []
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    monkeypatch.setattr(module, "evaluate", lambda *a, **k: calls.append((a, k)) or evaluation)
+    status, out, _ = run("evaluate", folder, "--data", "d.txt", "--max-tokens", "77")
+    assert status == 0
+    assert calls[0][0] == (folder,)
+    assert calls[0][1]["data"] == "d.txt" and calls[0][1]["max_tokens"] == 77
+    for words in ("last-3", "zero-shot", "trained", "1.050", "95.2 %", "1.62 nats/token"):
+        assert words in out, out
+
+
+def test_generate_passes_everything_on(run, monkeypatch):
+    from attnopt import samples as module
+
+    calls, made = [], [{"prompt": "p", "teacher": "t", "student": "s"}]
+    monkeypatch.setattr(module, "sample_run", lambda *a, **k: calls.append((a, k)) or made)
+    flags = "--compare --max-new-tokens 9 --temperature 0.5 --top-k 3 --seed 4"
+    status, out, _ = run("generate", "x", *flags.split(), "--prompt", "p", "--prompt", "q")
+    settings = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 3, "seed": 4, "compare": True}
+    assert calls == [((Path("x"), ["p", "q"]), settings)]
+    assert status == 0 and "--- teacher\nt" in out and "--- student\ns" in out
+
+
 DISTILL = ("distill", "--model", "m", "--data", "demo", "--output", "o")
 
 
@@ -167,6 +194,9 @@ DISTILL = ("distill", "--model", "m", "--data", "demo", "--output", "o")
         ((*DISTILL, "--attention", "masks", "--mask", "last:3"), "--mask takes nth:N"),
         ((*DISTILL, "--layers", "1,x"), "--layers takes numbers and ranges"),
         (("report", "nowhere"), "nowhere is not a run folder"),
+        (("evaluate", "nowhere"), "nowhere is not a run folder"),
+        (("generate", "nowhere"), "nowhere is not a run folder"),
+        (("demo", "--output", "/proc/nowhere"), "cannot write to the output folder /proc/nowhere"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(run, arguments, message):

@@ -9,12 +9,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoTokenizer
 
 from attnopt import data
 from attnopt.data import HELD_OUT_FRACTION, collate, is_file, load_blocks
 from attnopt.demo_text import _documents, _held_out, byte_tokenizer, docstring_documents
 from attnopt.errors import UserError
+from attnopt.hub import why_unreachable
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BYTES = byte_tokenizer()
@@ -142,6 +144,29 @@ def test_without_network_the_hub_is_not_asked_again_and_again(monkeypatch):
     monkeypatch.setattr(data, "load_dataset", lambda *a: pytest.fail("would retry for 23 s"))
     with pytest.raises(UserError, match="no such file, and the Hub cannot be reached .Name or"):
         load_blocks("someone/something", BYTES, block_size=16)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "model"])
+def test_the_hub_is_asked_once_and_its_answer_told(monkeypatch, kind):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    answers = []
+
+    def ask(self, name, timeout):
+        assert name == "a/b" and timeout < 10
+        if error := answers.pop():
+            raise error
+
+    monkeypatch.setattr(f"attnopt.hub.HfApi.{kind}_info", ask)
+    for error, message in (
+        (RepositoryNotFoundError, f"--flag a/b: neither a path here nor a {kind} on the Hub"),
+        (GatedRepoError, f"--flag a/b: this {kind} on the Hub asks for a login first"),
+    ):
+        answers.append(error.__new__(error))
+        with pytest.raises(UserError, match=message):
+            why_unreachable(kind, "a/b", flag="--flag")
+    answers += [None, ConnectionError("no\nroute")]
+    assert why_unreachable(kind, "a/b", flag="--flag") == "no route"
+    assert why_unreachable(kind, "a/b", flag="--flag") is None and not answers
 
 
 @pytest.fixture

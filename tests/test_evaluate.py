@@ -127,6 +127,9 @@ def test_a_student_alone_needs_teacher_and_data(run, text, tmp_path):
             evaluate(run / "student", **given)
     with pytest.raises(UserError, match="no model folder"):
         evaluate(run, teacher="./nothing")
+    (run / "student").rename(run / "elsewhere")
+    with pytest.raises(UserError, match="has no student yet: .* --resume"):
+        evaluate(run)
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="cannot read .*run.json"):
         evaluate(run)

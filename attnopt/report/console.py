@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from attnopt.report.page import number, summary_tables
 
-SCORES = {"KL": "kl", "perplexity": "perplexity", "÷ teacher's": "perplexity_ratio"}
+SCORES = {"KL": "kl", "perplexity": "perplexity", "ratio": "perplexity_ratio"}
 
 
 def print_comparison(
@@ -30,10 +31,10 @@ def print_comparison(
 
 
 def _draw(table: dict[str, Any]) -> Table:
-    title = f"{table['data']}: {table['tokens']:,} held-out tokens, KL in nats/token"
-    drawn = Table(title=title, title_justify="left")
+    title = f"{table['data']}: {table['tokens']:,} held-out tokens; KL in nats/token, perplexity and its ratio to the teacher's"
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("model", "stage"):
-        drawn.add_column(header)
+        drawn.add_column(header, no_wrap=True)
     for header in (*SCORES, "same top-1"):
         drawn.add_column(header, justify="right")
     for row in table["rows"]:

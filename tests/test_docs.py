@@ -1,0 +1,47 @@
+"""The README: its numbers are those of the committed results, its commands and links exist."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import typer
+
+import attnopt
+from attnopt import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_made_of_the_committed_results():
+    docs = runpy.run_path(str(ROOT / "docs" / "refresh.py"))
+    assert docs["TABLE"].search(README).group() == docs["table"](docs["read_runs"]()), (
+        "run python docs/refresh.py"
+    )
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"make (\w+)", README)) & {"demo", "test"} == {"demo", "test"}
+    assert {"demo", "test", "lint", "bench", "nightly"} <= set(targets)
+
+
+def test_commands_and_options_exist():
+    commands = typer.main.get_command(cli.app).commands
+    lines = [line for line in README.splitlines() if line.startswith("attnopt ")]
+    assert len(lines) >= 4
+    for line in lines:
+        options = {name for p in commands[line.split()[1]].params for name in p.opts}
+        used = {word for word in line.split() if word.startswith("--")}
+        assert used <= options, line
+
+
+def test_names_of_the_package_exist():
+    for name in re.findall(r"attnopt\.(\w+)\(", README):
+        assert callable(getattr(attnopt, name)), name
