@@ -30,7 +30,7 @@ nightly: $(STAMP)
 
 # mypy wants the package as it is installed: a folder of links with `kernels` inside.
 lint: $(STAMP)
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --output-format concise .
 	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/attnopt
 	@ln -s "$(CURDIR)"/attnopt/* "$(CURDIR)/kernels" $(VENV)/types/attnopt/
 	@cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml

@@ -144,7 +144,10 @@ def run_demo(output: Path, *, retrain: bool = False) -> Path:
         else:
             console.print(f"teacher from the cache: {teacher}")
         folders = [_fresh(output / "runs" / name) for name in STUDENTS]
-        _run([Chain(_student_steps(f, teacher), progress) for f in folders])
+        _run([Chain(_train_and_evaluate(folder, teacher), progress) for folder in folders])
+        # Timed, so one at a time.
+        timed = [_step("generate", folder, str(folder), "--compare") for folder in folders]
+        _run([Chain(timed, progress)])
     page = write_report(folders, output)
     runs = load_runs(folders)
     print_comparison([(run.label, run.evaluation) for run in runs if run.evaluation], console)
@@ -176,20 +179,16 @@ def _train_teacher(target: Path, output: Path, progress: Progress) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _student_steps(folder: Path, teacher: Path) -> list[Step]:
-    name, run = folder.name, str(folder)
-    log = folder.parent.parent / "logs"
-    options = ["--model", str(teacher), *STUDENTS[name], *WHILE_TRAINING, "--output", run]
-    return [
-        Step(f"{name}: distill", ["distill", *options], folder, log / f"{name}-distill.log"),
-        Step(f"{name}: evaluate", ["evaluate", run], folder, log / f"{name}-evaluate.log"),
-        Step(
-            f"{name}: generate",
-            ["generate", run, "--compare"],
-            folder,
-            log / f"{name}-generate.log",
-        ),
-    ]
+def _step(command: str, folder: Path, *options: str) -> Step:
+    """A command on a run folder of the demonstration, with its log beside the runs."""
+    log = folder.parent.parent / "logs" / f"{folder.name}-{command}.log"
+    return Step(f"{folder.name}: {command}", [command, *options], folder, log)
+
+
+def _train_and_evaluate(folder: Path, teacher: Path) -> list[Step]:
+    settings = [*STUDENTS[folder.name], *WHILE_TRAINING]
+    distill = ["--model", str(teacher), *settings, "--output", str(folder)]
+    return [_step("distill", folder, *distill), _step("evaluate", folder, str(folder))]
 
 
 def _run(chains: Sequence[Chain]) -> None:

@@ -250,7 +250,11 @@ def _add_linear_grads(
     if hidden_grad is not None:
         hidden_grad.flatten(0, -2)[tokens] = slope @ student.weight
     if weight_grad is not None:
-        weight_grad += slope.T @ student.hidden.flatten(0, -2)[tokens].to(slope.dtype)
+        hidden = student.hidden.flatten(0, -2)[tokens].to(slope.dtype)
+        if slope.dtype == weight_grad.dtype:  # no second [V, E] in memory
+            weight_grad.addmm_(slope.T, hidden)
+        else:
+            weight_grad += slope.T @ hidden
     if bias_grad is not None:
         bias_grad += slope.sum(0)
 

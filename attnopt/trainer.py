@@ -13,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ModelOutput
 
-from attnopt.checkpoints import WRITE_ERRORS, discard, mark_complete, newest_complete
+from attnopt.checkpoints import WRITE_ERRORS, discard, mark_complete
 from attnopt.convert import dense_attention, mechanisms
 from attnopt.data import collate
 from attnopt.errors import UserError
@@ -243,11 +243,6 @@ class DistillationTrainer(Trainer):
                 mark_complete(folder)
         except WRITE_ERRORS as error:
             raise discard(folder, error) from error
-
-    def newest_checkpoint(self) -> str | None:
-        """Return the newest whole checkpoint to resume from; None where there is none."""
-        found = newest_complete(Path(self.args.output_dir))
-        return None if found is None else str(found)
 
 
 def set_trainable(model: PreTrainedModel, parameters: str) -> None:

@@ -446,10 +446,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_pretraining_learns_and_saves_a_model_like_any_other(text, tmp_path):
     shape = {"layers": 1, "width": 16, "heads": 2, "context": CONTEXT}
-    folder = pretrain(
-        text, tmp_path / "model", steps=8, max_eval_tokens=160, **shape, **QUIET, warmup_steps=1
-    )
+    options = {"steps": 8, "max_eval_tokens": 160, "warmup_steps": 1, "logging_steps": 1}
+    folder = pretrain(text, tmp_path / "model", **shape, **QUIET, **options)
     rows = read(folder / "history.json")["rows"]
+    # warm-up, constant, then linear to zero over the second half
+    rates = [row["learning_rate"] / 2e-3 for row in rows]
+    assert rates == pytest.approx([0, 1, 1, 1, 1, 0.75, 0.5, 0.25], abs=1e-6)
     evaluated = [row for row in rows if "eval_ce" in row]
     assert evaluated[-1]["step"] == 8 and "eval_kl" not in evaluated[-1]
     assert evaluated[-1]["eval_ce"] < evaluated[0]["eval_ce"]

@@ -31,8 +31,10 @@ def print_comparison(
 
 
 def _draw(table: dict[str, Any]) -> Table:
-    title = f"{table['data']}: {table['tokens']:,} held-out tokens; KL in nats/token, perplexity and its ratio to the teacher's"
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"{table['data']}: {table['tokens']:,} held-out tokens"
+    caption = "KL in nats per token; ratio: perplexity by the teacher's"
+    drawn = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.title_justify = drawn.caption_justify = "left"
     for header in ("model", "stage"):
         drawn.add_column(header, no_wrap=True)
     for header in (*SCORES, "same top-1"):

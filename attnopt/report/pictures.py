@@ -86,15 +86,16 @@ def generation_panels(runs: Sequence[Run]) -> list[Panel]:
         ("seconds", 1.0, "seconds to generate"),
         ("cache_bytes", MEGABYTE, "cache at the end, MB"),
     ):
-        lines, teacher_drawn = [], False
+        lines: list[Line] = []
         for i, run in enumerate(runs):
             timing = (run.generation or {}).get("timing", [])
             for model in ("teacher", "student"):
                 rows = [t for t in timing if t["model"] == model and t.get(key) is not None]
-                if len(rows) < 2 or (model == "teacher" and teacher_drawn):
+                if len(rows) < 2:
                     continue
-                teacher_drawn |= model == "teacher"
                 label = "teacher" if model == "teacher" else run.label
+                if any(line.label == label for line in lines):
+                    label = ""  # every run timed its teacher: the lines differ, the name does not
                 color = TEACHER if model == "teacher" else color_of(i)
                 x, y = [t["new_tokens"] for t in rows], [t[key] / scale for t in rows]
                 lines.append(Line(label, color, x, y, markers=True))

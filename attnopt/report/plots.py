@@ -22,7 +22,7 @@ MAX_LINES = 8
 
 @dataclass(frozen=True)
 class Line:
-    """One curve with the name written at its end; `faint` is the raw version of a smoothed one."""
+    """One curve, its name (if any) written at its end; `faint` is the raw version of another."""
 
     label: str
     color: str
@@ -85,7 +85,7 @@ def line_panels(panels: Sequence[Panel]) -> Figure:
             axes.set_ylim(0, 1.08 * max((max(line.y) for line in panel.lines), default=1.0) or 1)
         axes.set_title(panel.title)
         axes.set_xlabel(panel.x_label)
-        _label_ends(axes, [line for line in panel.lines if not line.faint])
+        _label_ends(axes, [line for line in panel.lines if line.label and not line.faint])
     return figure
 
 
