@@ -134,7 +134,7 @@ class SinkWindowLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = self.is_compact = False
         self.cumulative_length = 0
         self.key_mask = self.step_mask = self._next_mask = None

@@ -276,7 +276,7 @@ def test_a_large_vocabulary_does_not_multiply_memory():
     command = [sys.executable, "-c", MEMORY, "chunked"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # GiB; whole logits alone are 0.38, and the naive loss takes 1.9
-    assert float(done.stdout) < 0.4
+    assert float(done.stdout) < 0.35
 
 
 def test_collate_and_losses_agree_on_padding():

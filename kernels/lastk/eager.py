@@ -210,6 +210,7 @@ class Problem:
 
     def sink_scores(self, s: Segment) -> Tensor:
         """`s + b` of a segment's rows and the sinks, `[x, nb G C, T]`."""
+        assert self.sinks is not None
         t, T = self.tiling, self.sink_k.shape[1]
         keys = self.sink_k[s.x0 : s.x1].transpose(1, 2)
         scores = (self.sink_rows(self.q[s.blocks], s) @ keys) * self.scale
@@ -235,24 +236,29 @@ def few_queries_forward(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor,
     T, W = sink_log_weights.shape[1], log_weights.shape[1]
     N = min(Nk, Nq + W - 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    sinks = sink_positions(key_mask, T, k)
-    visible = sinks.hide_from_band(key_mask)[:, Nk - N :]
     i = torch.arange(Nk - Nq, Nk, device=q.device)[:, None]
     n = i - torch.arange(Nk - N, Nk, device=q.device)
     bias = log_weights.to(dtype)[:, n.clamp(0, W - 1)]  # [H, Nq, N]
     bias = bias.masked_fill((n < 0) | (n >= W), float("-inf"))
-    bias = bias.masked_fill(~visible[:, None, None], float("-inf"))  # [B, H, Nq, N]
-    seen = sinks.visible[:, None] & (sinks.position[:, None] <= i)  # [B, Nq, T]
-    sink_bias = sink_log_weights.to(dtype)[:, None].masked_fill(~seen[:, None], float("-inf"))
-    keys = torch.cat([gather_sinks(k, sinks), k[:, :, Nk - N :]], 2).to(dtype)
-    values = torch.cat([gather_sinks(v, sinks), v[:, :, Nk - N :]], 2).to(dtype)
+    keys, values, visible = k[:, :, Nk - N :], v[:, :, Nk - N :], key_mask
+    if T:
+        sinks = sink_positions(key_mask, T, k)
+        visible = sinks.hide_from_band(key_mask)
+        seen = sinks.visible[:, None] & (sinks.position[:, None] <= i)  # [B, Nq, T]
+        sink_bias = sink_log_weights.to(dtype)[:, None].masked_fill(~seen[:, None], float("-inf"))
+        keys = torch.cat([gather_sinks(k, sinks), keys], 2)
+        values = torch.cat([gather_sinks(v, sinks), values], 2)
+    if visible is not None:  # [B, H, Nq, N]
+        bias = bias.masked_fill(~visible[:, None, None, Nk - N :], float("-inf"))
+    if T:
+        bias = torch.cat([sink_bias, bias], 3)
     rows = q.to(dtype).reshape(B, Hkv, -1, D)  # the G heads of a group, one after another
-    scores = (rows @ keys.transpose(2, 3)).view(B, H, Nq, -1) * scale
-    scores += torch.cat([sink_bias, bias], 3)
+    scores = (rows @ keys.to(dtype).transpose(2, 3)).view(B, H, Nq, -1)
+    scores = torch.add(bias, scores, alpha=scale)
     lse = scores.logsumexp(-1)
     probs = (scores - lse.masked_fill(lse == float("-inf"), float("inf")).unsqueeze(-1)).exp()
     out = torch.empty_like(q)
-    out.copy_((probs.view(B, Hkv, -1, T + N) @ values).view(q.shape))
+    out.copy_((probs.view(B, Hkv, -1, T + N) @ values.to(dtype)).view(q.shape))
     return out, lse
 
 
@@ -315,14 +321,14 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
         for x in range(s.x0, s.x1):
             dbias[x % p.Hkv, ..., -L:] += by_head[x - s.x0]
         if p.sinks is not None:
-            x = slice(s.x0, s.x1)
+            own = slice(s.x0, s.x1)
             do, rows = p.sink_rows(do, s), p.sink_rows(rows, s)
             probs = p.sink_scores(s).sub_(p.sink_rows(lse[s.blocks], s)).exp_()
-            dscores = (do @ p.sink_v[x].transpose(1, 2)).sub_(p.sink_rows(delta[s.blocks], s))
+            dscores = (do @ p.sink_v[own].transpose(1, 2)).sub_(p.sink_rows(delta[s.blocks], s))
             dscores.mul_(probs)
-            dq[s.blocks] += (dscores @ p.sink_k[x]).view_as(dq[s.blocks])
-            dsink_v[x] += probs.transpose(1, 2) @ do
-            dsink_k[x] += dscores.transpose(1, 2) @ rows
+            dq[s.blocks] += (dscores @ p.sink_k[own]).view_as(dq[s.blocks])
+            dsink_v[own] += probs.transpose(1, 2) @ do
+            dsink_k[own] += dscores.transpose(1, 2) @ rows
             by_head = dscores.view(s.x1 - s.x0, -1, t.G, t.C, dscores.shape[-1]).sum((1, 3))
             for y in range(s.x0, s.x1):
                 dsink_bias[y % p.Hkv] += by_head[y - s.x0]
