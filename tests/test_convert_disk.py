@@ -7,33 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_gpt2 import MIXED, tiny, tokens
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from attnopt import Every, First, LastK, Masks, convert, from_pretrained, mechanisms, revert
-
-LENGTH, VOCABULARY = 24, 61
-MIXED = {0: LastK(4, sinks=2, init="random"), 2: Masks([Every(), First(2)], init="random")}
-
-
-def tiny(seed=0, **options):
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "n_positions": 64,
-        "n_embd": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": None,
-        **options,
-    }
-    return GPT2LMHeadModel(GPT2Config(**settings)).eval()
-
-
-def tokens(batch=2, length=LENGTH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+from attnopt import LastK, convert, from_pretrained, mechanisms, revert
 
 
 @pytest.fixture

@@ -2,60 +2,17 @@
 
 import pytest
 import torch
+from small_gpt2 import LENGTH, assert_same, snapshot, tiny, tokens
 from torch import nn
 from transformers import (
     DynamicCache,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
 )
 
 from attnopt import LastK, convert, dense_attention, revert
-
-LENGTH, VOCABULARY = 24, 61
-
-
-def tiny(seed=0, **options):
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "n_positions": 64,
-        "n_embd": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": None,
-        **options,
-    }
-    return GPT2LMHeadModel(GPT2Config(**settings)).eval()
-
-
-def tokens(batch=2, length=LENGTH, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
-
-
-def snapshot(model):
-    """Everything that convert may touch: names and bits of weights, class, config, hooks."""
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    modules = [*model.modules()]
-    return weights, {
-        "class": type(model),
-        "config": model.config.to_dict(),
-        "implementation": model.config._attn_implementation,
-        "dropouts": [m.p for m in modules if isinstance(m, nn.Dropout)],
-        "hooks": [len(m._forward_pre_hooks) for m in modules],
-        "attributes": sorted(model.__dict__),
-    }
-
-
-def assert_same(before, after):
-    assert before[1] == after[1]
-    assert list(before[0]) == list(after[0])
-    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
 
 
 def llama():
@@ -143,3 +100,16 @@ def test_refuses_other_mask_patterns():
     model.config.is_causal = False
     with pytest.raises(ValueError, match="causal; got the mask pattern bidirectional"):
         model(tokens())
+
+
+@pytest.mark.parametrize(
+    "option", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]
+)
+def test_a_scale_that_transformers_would_not_pass_on_is_refused(option):
+    model = tiny(**option)
+    for block in model.transformer.h:
+        del block.attn.scaling  # as in transformers 5.0
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="does not tell attention functions the scale"):
+        convert(model, LastK())
+    assert_same(before, snapshot(model))

@@ -178,6 +178,12 @@ def _check_convertible(model: Any) -> Family:
         raise ValueError("cannot convert a model with cross-attention (add_cross_attention=True)")
     if model.config.output_attentions:
         raise ValueError("converted attention never forms its weights; unset output_attentions")
+    own_scale = model.config.scale_attn_by_inverse_layer_idx or not model.config.scale_attn_weights
+    if own_scale and not hasattr(attention_modules(model)[0], "scaling"):
+        raise ValueError(
+            "this version of transformers does not tell attention functions the scale that "
+            "scale_attn_by_inverse_layer_idx and scale_attn_weights ask for; a newer one does"
+        )
     return family
 
 
