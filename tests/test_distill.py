@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
-from attnopt.checkpoints import MARKER, mark_complete, newest_complete, write_folder
+from attnopt.checkpoints import newest_complete
 from attnopt.data import load_blocks
 from attnopt.demo_text import byte_tokenizer
 from attnopt.distill import DistillationArguments, DistillationTrainer, distill
 from attnopt.errors import UserError
-from attnopt.pretrain import pretrain, small_gpt2
+from attnopt.pretrain import small_gpt2
 from attnopt.runs import check_fits, load_model, load_tokenizer
 from attnopt.trainer import set_trainable
 
@@ -341,40 +341,6 @@ def test_two_processes_equal_one(teacher, text, tmp_path):
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    """Two whole checkpoints, 9 and 10, as far as the file names go."""
-    for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        (folder / "inner").mkdir(parents=True)
-        (folder / "weights").write_bytes(b"w" * 100)
-        (folder / "inner" / "state").write_bytes(b"s" * 10)
-        mark_complete(folder)
-    return tmp_path
-
-
-def test_the_newest_whole_checkpoint_is_found_by_number(checkpoints):
-    (checkpoints / "checkpoint-notes").mkdir()
-    assert newest_complete(checkpoints).name == "checkpoint-10"
-    assert newest_complete(checkpoints / "nothing") is None
-
-
-@pytest.mark.parametrize("harm", ["truncate", "remove", "unmarked", "half a marker"])
-def test_torn_checkpoints_are_passed_over(checkpoints, harm, caplog):
-    newest = checkpoints / "checkpoint-10"
-    if harm == "truncate":
-        os.truncate(newest / "weights", 50)
-    elif harm == "remove":
-        (newest / "inner" / "state").unlink()
-    elif harm == "unmarked":
-        (newest / MARKER).unlink()
-    else:
-        os.truncate(newest / MARKER, 9)
-    assert newest_complete(checkpoints).name == "checkpoint-9"
-    with pytest.raises(UserError, match="checkpoint-10 is incomplete or was truncated"):
-        load_model(newest)
-
-
 def too_small_a_disk(folder):
     """The system refuses files of more than 2 kB, as it refuses more than a disk holds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -424,42 +390,3 @@ def test_a_full_disk_leaves_the_older_checkpoints(
     assert not (tmp_path / "run" / "student").exists()
     monkeypatch.undo()
     assert (run(teacher, text, tmp_path / "run", resume=True) / "student").exists()
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "student"
-    write_folder(target, lambda folder: (folder / "old").touch())
-
-    def fail(folder):
-        (folder / "new").touch()
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="cannot write .*student: No space left on device"):
-        write_folder(target, fail)
-    assert [p.name for p in tmp_path.rglob("*")] == ["student", "old"]
-    write_folder(target, lambda folder: (folder / "new").touch())
-    assert [p.name for p in tmp_path.rglob("*")] == ["student", "new"]
-
-
-# ---- pretraining
-
-
-def test_pretraining_learns_and_saves_a_model_like_any_other(text, tmp_path):
-    shape = {"layers": 1, "width": 16, "heads": 2, "context": CONTEXT}
-    options = {"steps": 8, "max_eval_tokens": 160, "warmup_steps": 1, "logging_steps": 1}
-    folder = pretrain(text, tmp_path / "model", **shape, **QUIET, **options)
-    rows = read(folder / "history.json")["rows"]
-    # warm-up, constant, then linear to zero over the second half
-    rates = [row["learning_rate"] / 2e-3 for row in rows]
-    assert rates == pytest.approx([0, 1, 1, 1, 1, 0.75, 0.5, 0.25], abs=1e-6)
-    evaluated = [row for row in rows if "eval_ce" in row]
-    assert evaluated[-1]["step"] == 8 and "eval_kl" not in evaluated[-1]
-    assert evaluated[-1]["eval_ce"] < evaluated[0]["eval_ce"]
-    assert read(folder / "pretrain.json")["training"]["max_steps"] == 8
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    assert check_fits(model, tokenizer, None) == CONTEXT
-    assert type(model) is GPT2LMHeadModel and model.config.n_layer == 1
-    with pytest.raises(UserError, match="already holds a model"):
-        pretrain(text, folder)
-    with pytest.raises(UserError, match="--heads must divide --width; got 3 heads"):
-        pretrain(text, tmp_path / "other", width=16, heads=3)
