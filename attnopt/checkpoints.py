@@ -56,6 +56,19 @@ def write_json(path: Path, content: Any) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds, None where there is no file.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder under a temporary name, then put it in the place of `folder`.
 

@@ -7,7 +7,6 @@ looks perfect.
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from attnopt.checkpoints import write_json
+from attnopt.checkpoints import read_json, write_json
 from attnopt.config import LastK
 from attnopt.convert import convert, mechanisms
 from attnopt.data import Split, collate, is_file, load_blocks
@@ -91,7 +90,7 @@ def evaluate(
     Raises UserError for what cannot be loaded, and for a missing teacher or data.
     """
     run = Path(student)
-    about = _read(run / "run.json")
+    about = read_json(run / "run.json") or {}
     teacher, data = teacher or about.get("teacher"), data or about.get("data")
     if teacher is None or data is None:
         raise UserError(f"{student} is not a run folder (no run.json): pass --teacher and --data")
@@ -154,12 +153,3 @@ def evaluate_models(
         "warning": warning,
         "models": numbers,
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

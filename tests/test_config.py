@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from attnopt.config import (
+    BACKENDS,
     Every,
     First,
     LastK,
@@ -16,6 +17,7 @@ from attnopt.config import (
     Window,
     config_from_dict,
 )
+from attnopt.kernels import dispatch
 
 CONFIGS = [
     LastK(),
@@ -102,3 +104,8 @@ def test_refuses_to_read(data, message):
 def test_needs_no_torch():
     code = "import sys, attnopt.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_configs_and_kernels_name_the_same_backends():
+    """The configs import no torch, so they hold a list of their own."""
+    assert BACKENDS == dispatch.BACKENDS

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from squares import write_squares
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
@@ -33,9 +34,7 @@ CONTEXT = 16
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(300)))
-    return str(path)
+    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +240,7 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(int(sys.argv.pop()))  # sums depend on how many threads share them
 from attnopt.trainer import DistillationTrainer
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/support"]
 from test_distill import run
 save = DistillationTrainer._save_checkpoint
 
@@ -296,7 +295,7 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, text, tmp_path, caplog):
 RANK = """
 import sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/support"]
 from test_distill import run
 teacher, text, folder, options = sys.argv[1:]
 run(teacher, text, folder, **eval(options))

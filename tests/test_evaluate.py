@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from squares import write_squares
 from transformers import DynamicCache
 
 from attnopt import LastK, UserError, convert
@@ -21,9 +22,7 @@ CONTEXT = 24
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(120)))
-    return str(path)
+    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 120)
 
 
 @pytest.fixture

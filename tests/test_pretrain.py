@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from squares import write_squares
 from transformers import GPT2LMHeadModel
 
 from attnopt.errors import UserError
@@ -15,9 +16,7 @@ QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 2, "learning_rate"
 
 @pytest.fixture
 def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(300)))
-    return str(path)
+    return write_squares(tmp_path / "text.txt", 300)
 
 
 def test_pretraining_learns_and_saves_a_model_like_any_other(text, tmp_path):

@@ -1,12 +1,12 @@
 """Run folders as the report reads them."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnopt.checkpoints import read_json
 from attnopt.errors import UserError
 
 # File of a run folder -> (what the report loses without it, what writes it).
@@ -69,7 +69,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if not folders:
         raise UserError("a report needs at least one run folder, as `attnopt distill` writes them")
-    abouts = [_read(folder, "run") for folder in folders]
+    abouts = [read_json(folder / "run.json") for folder in folders]
     for folder, about in zip(folders, abouts, strict=True):
         if about is None:
             raise UserError(f"{folder} is not a run folder: it has no run.json")
@@ -77,17 +77,17 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     runs = []
     for folder, about, label, name in zip(folders, abouts, labels, names, strict=True):
-        parts = {part: _read(folder, part) for part in PARTS}
+        parts = {part: read_json(folder / f"{part}.json") for part in PARTS}
         unique = label if labels.count(label) == 1 else f"{label} ({name})"
         assert about is not None
-        teacher = _read(Path(about.get("teacher", "")), "pretrain")
+        teacher = read_json(Path(about.get("teacher", "")) / "pretrain.json")
         runs.append(Run(name=name, label=unique, about=about, teacher=teacher, **parts))
     return runs
 
 
 def label_of(folder: Path) -> str:
     """A short name for the student of a run folder, or of a model's folder."""
-    about = _read(folder, "run")
+    about = read_json(folder / "run.json")
     return folder.resolve().name if about is None else describe(about.get("attention"))
 
 
@@ -110,13 +110,3 @@ def describe(attention: Mapping[str, Any] | None) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _read(folder: Path, part: str) -> dict[str, Any] | None:
-    path = folder / f"{part}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
