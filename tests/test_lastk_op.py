@@ -315,3 +315,25 @@ def test_explicit_triton_on_cpu_computes_bfloat16_exactly():
         out = torch.load(path)
     expected = lastk_attention(q.double(), k.double(), v.double(), weights, backend="reference")
     torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("n", "window", "sinks"), [(700, 700, 0), (700, 600, 3), (400, 256, 0)])
+def test_eager_wide_windows_match_the_definition(n, window, sinks):
+    """Halos of four blocks and more: a text's first windows are computed without their void."""
+    rng = torch.Generator().manual_seed(n)
+    q, k, v, grad, weights, sink_weights = (
+        torch.randn(shape, generator=rng, dtype=torch.float64)
+        for shape in [(2, 2, n, 8), (2, 1, n, 8), (2, 1, n, 8), (2, 2, n, 8), (2, window), (sinks,)]
+    )
+    mask = torch.arange(n) >= torch.tensor([[0], [70]])
+    inputs = [x.requires_grad_() for x in (q, k, v, weights, sink_weights)]
+
+    def results(backend: str) -> list[Tensor]:
+        out = lastk_attention(
+            q, k, v, weights, sink_log_weights=sink_weights, key_mask=mask, backend=backend
+        )
+        return [out, *torch.autograd.grad(out, inputs, grad, allow_unused=not sinks)]
+
+    for got, expected in zip(results("eager"), results("reference"), strict=True):
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
