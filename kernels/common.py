@@ -1,11 +1,15 @@
-"""Device functions that every mechanism uses unchanged: tiles of rows, and the online softmax.
+"""What every mechanism's kernels use unchanged: tiles of rows, masks, softmax and its gradient.
 
 Scores live in the base-2 domain, `s2 = s log2(e)`, so that `exp2` is the only exponential.
 A tile of rows is `[ROWS, COLS]`, COLS the head dimension rounded up to a power of two.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from attnopt.kernels.rows import first_real_token
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,3 +63,66 @@ def online_softmax_update(acc, top, total, scores, values, PRECISION: tl.constex
     total = total * decay + tl.sum(probs, 1)
     acc = tl.dot(probs.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
     return acc, new_top, total
+
+
+@triton.jit
+def first_token(start_ptr, b, HAS_MASK: tl.constexpr):
+    """Position of the first real token of batch row b."""
+    start = b * 0
+    if HAS_MASK:
+        start = tl.load(start_ptr + b)
+    return start
+
+
+@triton.jit
+def is_real(mask_ptr, mask_strides, b, j, inside, HAS_MASK: tl.constexpr):
+    """Which of the keys at `j` are `inside` and not masked."""
+    if HAS_MASK:
+        pointers = mask_ptr + b.to(tl.int64) * mask_strides[0] + j * mask_strides[1]
+        inside = inside & (tl.load(pointers, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def load_lse(lse_ptr, lse_strides, rows, valid):
+    """Base-2 log-sum-exp of rows; +inf, hence no probability, where nothing is seen."""
+    lse = tl.load(lse_ptr + rows * lse_strides[2], mask=valid, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def row_dot(x, y):
+    """Row-wise dot product of two tiles in fp32: `delta` from dO and O."""
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
+def score_gradient(q, k, v, do, bias, lse, delta, scale, PRECISION: tl.constexpr):
+    """`P` and `dS` of a tile: rows follow `q`, columns `k`; both `[Q, K]` fp32."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+    probs = tl.exp2(scores - lse[:, None])
+    dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    return probs, probs * (dprobs - delta[:, None])
+
+
+@triton.jit
+def score_gradient_transposed(q, k, v, do, bias, lse, delta, scale, PRECISION: tl.constexpr):
+    """`P^T` and `dS^T` of a tile, `[K, Q]`, ready to multiply dO and Q."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
+    probs = tl.exp2(scores - lse[None, :])
+    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    return probs, probs * (dprobs - delta[None, :])
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """fp32 operands keep fp32 accuracy unless the user has allowed TF32 for matmuls."""
+    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "tf32x3"
+    return "tf32"
+
+
+def mask_arguments(key_mask: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """The mask as bytes, each row's first real token, and the mask's strides."""
+    if key_mask is None:
+        return k, k, (0, 0)  # never read
+    return key_mask.view(torch.uint8), first_real_token(key_mask, k), key_mask.stride()

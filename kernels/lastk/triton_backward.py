@@ -21,49 +21,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.kernels.common import LOG2E, load_rows, store_rows
+from attnopt.kernels.common import (
+    first_token,
+    input_precision,
+    is_real,
+    load_lse,
+    load_rows,
+    mask_arguments,
+    row_dot,
+    score_gradient,
+    score_gradient_transposed,
+    store_rows,
+)
 from attnopt.kernels.lastk.sinks import add_at_sinks, sink_positions
 from attnopt.kernels.lastk.triton_forward import (
     BLOCK_T,
     band_bias,
     base2_weights,
-    first_token,
-    input_precision,
-    is_real,
-    mask_arguments,
     sink_bias,
 )
-
-
-@triton.jit
-def load_lse(lse_ptr, lse_strides, rows, valid):
-    """Base-2 log-sum-exp of rows; +inf, hence no probability, where nothing is seen."""
-    lse = tl.load(lse_ptr + rows * lse_strides[2], mask=valid, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def row_dot(x, y):
-    """Row-wise dot product of two tiles in fp32: `delta` from dO and O."""
-    return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-
-
-@triton.jit
-def score_gradient(q, k, v, do, bias, lse, delta, scale, PRECISION: tl.constexpr):
-    """`P` and `dS` of a tile: rows follow `q`, columns `k`; both `[Q, K]` fp32."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
-    probs = tl.exp2(scores - lse[:, None])
-    dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    return probs, probs * (dprobs - delta[:, None])
-
-
-@triton.jit
-def score_gradient_transposed(q, k, v, do, bias, lse, delta, scale, PRECISION: tl.constexpr):
-    """`P^T` and `dS^T` of a tile, `[K, Q]`, ready to multiply dO and Q."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E) + bias
-    probs = tl.exp2(scores - lse[None, :])
-    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    return probs, probs * (dprobs - delta[None, :])
 
 
 @triton.jit

@@ -22,31 +22,16 @@ from torch import Tensor
 from attnopt.kernels.common import (
     LN2,
     LOG2E,
+    first_token,
+    input_precision,
+    is_real,
     load_rows,
+    mask_arguments,
     online_softmax_update,
     store_rows,
 )
-from attnopt.kernels.lastk.sinks import first_real_token
 
 BLOCK_T = 16  # sinks per tile
-
-
-@triton.jit
-def first_token(start_ptr, b, HAS_MASK: tl.constexpr):
-    """Position of the first real token of batch row b."""
-    start = b * 0
-    if HAS_MASK:
-        start = tl.load(start_ptr + b)
-    return start
-
-
-@triton.jit
-def is_real(mask_ptr, mask_strides, b, j, inside, HAS_MASK: tl.constexpr):
-    """Which of the keys at `j` are `inside` and not masked."""
-    if HAS_MASK:
-        pointers = mask_ptr + b.to(tl.int64) * mask_strides[0] + j * mask_strides[1]
-        inside = inside & (tl.load(pointers, mask=inside, other=0) != 0)
-    return inside
 
 
 @triton.jit
@@ -132,20 +117,6 @@ def lastk_forward_kernel(
                BLOCK_Q, COLS, DIM)
     lse_ptr += b.to(tl.int64) * lse_strides[0] + h.to(tl.int64) * lse_strides[1]
     tl.store(lse_ptr + rows * lse_strides[2], lse, mask=rows < Nq)
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    """fp32 operands keep fp32 accuracy unless the user has allowed TF32 for matmuls."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        return "tf32x3"
-    return "tf32"
-
-
-def mask_arguments(key_mask: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """The mask as bytes, each row's first real token, and the mask's strides."""
-    if key_mask is None:
-        return k, k, (0, 0)  # never read
-    return key_mask.view(torch.uint8), first_real_token(key_mask, k), key_mask.stride()
 
 
 def base2_weights(weights: Tensor) -> Tensor:
