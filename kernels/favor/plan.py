@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_FEATURES = 256
+FP32_OPERANDS = (torch.float32, torch.float16)
 PROCESSORS = 132  # assumed where the device does not say
 # Tokens of a segment per feature: its state, M x D in fp32, is written and read some three times.
 TOKENS_PER_FEATURE = 8
@@ -32,6 +33,7 @@ class Plan:
         run: blocks of a segment.
         features: M rounded up to a power of two >= 16.
         cols: D rounded up likewise.
+        reload: whether W is too large to stay with a program.
     """
 
     block: int
@@ -43,6 +45,7 @@ class Plan:
     run: int
     features: int
     cols: int
+    reload: bool
 
     @property
     def absorbed(self) -> int:
@@ -80,14 +83,18 @@ def make_plan(
     segments = _segments(q, B * H, Nk, num_features)
     run = -(-blocks // segments)
     segments = -(-blocks // run)
-    return Plan(block, power_of_two(block), blocks, lag, split, segments, run, features, cols)
+    wide = q.dtype in FP32_OPERANDS  # operands of four bytes, and three TF32 passes
+    reload = features * cols > (32 * 32 if wide else 128 * 64)
+    return Plan(
+        block, power_of_two(block), blocks, lag, split, segments, run, features, cols, reload
+    )
 
 
 def _chunk(features: int, cols: int, dtype: torch.dtype) -> int:
     """Tokens of a block without a window, by registers."""
-    if dtype in (torch.float32, torch.float16):  # operands are fp32
-        return 32 if features * cols <= 64 * 64 else 16
-    return 64 if features * cols <= 64 * 64 else 32 if features <= 128 else 16
+    if dtype in FP32_OPERANDS:
+        return 32 if features * cols <= 32 * 32 else 16
+    return 32 if features * cols <= 128 * 64 else 16
 
 
 def _segments(q: Tensor, heads: int, Nk: int, num_features: int) -> int:

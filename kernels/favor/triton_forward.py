@@ -71,12 +71,31 @@ def absorbed_keys(mask_ptr, mask_strides, b, start, t, Nk, lag, split, block,
 
 
 @triton.jit
+def next_keys(
+    r, k_ptr, v_ptr, w, mask_ptr, k_strides, v_strides, mask_strides, b, start, t, Nk, M,
+    lag, split, block, scale, DIM: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    FEATURES: tl.constexpr, STATIC: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """The block that enters the state with query block t: which keys are real, features `[F, C]`
+    and values `[C, COLS]`, the reference after it, and what scales the state to that."""
+    real, column = absorbed_keys(mask_ptr, mask_strides, b, start, t, Nk, lag, split, block,
+                                 TILE, HAS_MASK)
+    # [TILE, COLS]
+    k = load_tile(k_ptr, (k_strides[2], k_strides[3]), column, real, TILE, COLS, DIM)
+    v = load_tile(v_ptr, (v_strides[2], v_strides[3]), column, real, TILE, COLS, DIM)
+    keys = key_logits(k, w, scale, M, FEATURES, PRECISION)  # [F, TILE]
+    new_r = advance_reference(r, keys, real, STATIC)
+    return real, key_features(keys, new_r, real), v, new_r, tl.exp2(r - new_r)
+
+
+@triton.jit
 def favor_states_kernel(
     k_ptr, v_ptr, w_ptr, mask_ptr, start_ptr, kv_ptr, z_ptr, r_ptr,
     k_strides, v_strides, mask_strides,
     H, G, Nk, M, segments, run, blocks, lag, split, block, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    FEATURES: tl.constexpr, STATIC: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FEATURES: tl.constexpr, STATIC: tl.constexpr, HAS_MASK: tl.constexpr, RELOAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """State of the keys that enter during one segment of one head."""
     segment, head = tl.program_id(0) % segments, tl.program_id(0) // segments
@@ -92,16 +111,13 @@ def favor_states_kernel(
         r = static_reference(w, scale, FEATURES)
     for t in range(segment * run, tl.minimum((segment + 1) * run, blocks)):
         t = segment * 0 + t  # a tensor in the interpreter too
-        real, column = absorbed_keys(mask_ptr, mask_strides, b, start, t, Nk, lag, split, block,
-                                     TILE, HAS_MASK)
-        # [TILE, COLS]
-        k = load_tile(k_ptr, (k_strides[2], k_strides[3]), column, real, TILE, COLS, DIM)
-        v = load_tile(v_ptr, (v_strides[2], v_strides[3]), column, real, TILE, COLS, DIM)
-        logits = key_logits(k, w, scale, M, FEATURES, PRECISION)  # [F, TILE]
-        new_r = advance_reference(r, logits, real, STATIC)
-        features = key_features(logits, new_r, real)
-        state, z = fold_state(state, z, tl.exp2(r - new_r), features, v, PRECISION)
-        r = new_r
+        if RELOAD:
+            w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
+        _, features, v, r, decay = next_keys(
+            r, k_ptr, v_ptr, w, mask_ptr, k_strides, v_strides, mask_strides, b, start, t, Nk, M,
+            lag, split, block, scale, DIM, COLS, TILE, FEATURES, STATIC, HAS_MASK, PRECISION,
+        )
+        state, z = fold_state(state, z, decay, features, v, PRECISION)
     m = tl.arange(0, F)
     place = tl.program_id(0).to(tl.int64) * M
     store_rows(kv_ptr + place * DIM, (DIM, 1), segment * 0, m < M, state, F, COLS, DIM)
@@ -140,12 +156,13 @@ def favor_output_kernel(
     H, G, Nq, Nk, M, segments, run, blocks, lag, split, block, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     FEATURES: tl.constexpr, STATIC: tl.constexpr, CAUSAL: tl.constexpr, NEAR: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_MASK: tl.constexpr, RELOAD: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Outputs of one segment of one head, from the state before it; the last writes the final one.
 
     SPLIT: some rows of query block t see block t - lag through features (all of them without a
     window, where lag is 0), so that it enters the reference, but not yet the state, before t.
+    RELOAD: W comes from the cache for every block, for it does not fit beside the rest.
     """
     segment, head = tl.program_id(0) % segments, tl.program_id(0) // segments
     b, h = head // H, head % H
@@ -180,21 +197,15 @@ def favor_output_kernel(
                 acc, top, total, q, k_ptr, v_ptr, mask_ptr, k_strides, v_strides, mask_strides,
                 b, start, t, Nk, lag, split, block, scale, DIM, COLS, TILE, HAS_MASK, PRECISION,
             )
-        logits = query_logits(q, w, gate, scale, M, FEATURES, NEAR, PRECISION)  # [TILE, F]
-        new_r = r
-        if CAUSAL:
-            real, column = absorbed_keys(mask_ptr, mask_strides, b, start, t, Nk, lag, split,
-                                         block, TILE, HAS_MASK)
-            # [TILE, COLS]
-            k = load_tile(k_ptr, (k_strides[2], k_strides[3]), column, real, TILE, COLS, DIM)
-            v = load_tile(v_ptr, (v_strides[2], v_strides[3]), column, real, TILE, COLS, DIM)
-            keys = key_logits(k, w, scale, M, FEATURES, PRECISION)  # [F, TILE]
-            new_r = advance_reference(r, keys, real, STATIC)
-            features = key_features(keys, new_r, real)
-        decay = tl.exp2(r - new_r)
+        if RELOAD:
+            w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
         if SPLIT:
-            state, z, r = state * decay[:, None], z * decay, new_r
-        logits += r[None, :]
+            _, features, v, r, decay = next_keys(
+                r, k_ptr, v_ptr, w, mask_ptr, k_strides, v_strides, mask_strides, b, start, t, Nk,
+                M, lag, split, block, scale, DIM, COLS, TILE, FEATURES, STATIC, HAS_MASK, PRECISION,
+            )
+            state, z = state * decay[:, None], z * decay
+        logits = query_logits(q, w, gate, scale, M, FEATURES, NEAR, PRECISION) + r[None, :]
         new_top = tl.maximum(top, tl.max(logits, 1))
         queries = tl.exp2(logits - new_top[:, None]).to(w.dtype)  # [TILE, F]
         rest = tl.exp2(top - new_top)
@@ -214,10 +225,14 @@ def favor_output_kernel(
         tl.store(lse_ptr + row0 + o, lse, mask=valid)
         if CAUSAL:
             if SPLIT:
-                state, z = fold_state(state, z, 1.0 + 0.0 * decay, features, v, PRECISION)
+                decay = tl.full([F], 1.0, tl.float32)
             else:
-                state, z = fold_state(state, z, decay, features, v, PRECISION)
-            r = new_r
+                _, features, v, r, decay = next_keys(
+                    r, k_ptr, v_ptr, w, mask_ptr, k_strides, v_strides, mask_strides, b, start, t,
+                    Nk, M, lag, split, block, scale, DIM, COLS, TILE, FEATURES, STATIC, HAS_MASK,
+                    PRECISION,
+                )
+            state, z = fold_state(state, z, decay, features, v, PRECISION)
             entry = block_r_ptr + entry_of(t + 1, blocks, lag, CAUSAL) * M
             tl.store(entry + m, r, mask=(m < M) & (t + 0 * m >= lag))
 
@@ -230,9 +245,10 @@ def favor_output_kernel(
         tl.store(log_scale_ptr + final + m, log_scale, mask=m < M)
 
 
-def warps(plan: Plan) -> int:
-    """Warps of a program: the state and the features of a block live in their registers."""
-    return 4 if plan.features * plan.cols <= 64 * 64 else 8
+def warps(plan: Plan, tiles: int = 1) -> dict[str, int]:
+    """Warps of a program that keeps a state, and `tiles` - 1 more like it, in registers."""
+    few = tiles * plan.features * plan.cols <= 64 * 64
+    return {"num_warps": 4 if few else 8, "num_stages": 1}
 
 
 def base2_gate(log_gate: Tensor, num_features: int, feature_map: str) -> Tensor:
@@ -255,7 +271,7 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_ma
         "blocks": plan.blocks, "lag": plan.lag, "split": plan.split, "block": plan.block,
         "scale": scale, "DIM": q.shape[3], "COLS": plan.cols, "F": plan.features,
         "TILE": plan.tile, "FEATURES": feature_map, "STATIC": stabilizer == "static",
-        "HAS_MASK": key_mask is not None, "PRECISION": input_precision(q.dtype),
+        "HAS_MASK": key_mask is not None, "RELOAD": plan.reload, "PRECISION": input_precision(q.dtype),
     }
 
 
@@ -275,7 +291,7 @@ def favor_forward(
     plan = make_plan(q, k, M, window=window, window_block=window_block, causal=causal)
     shared = shared_arguments(q, k, v, projection, key_mask, plan, feature_map, stabilizer, scale)
     fp32 = {"dtype": torch.float32, "device": q.device}
-    launch = {"num_warps": warps(plan), "num_stages": 1}
+    launch = warps(plan)
     seg_kv = torch.empty(B, H, plan.segments, M, D, **fp32)
     seg_z = torch.empty(B, H, plan.segments, M, **fp32)
     seg_r = torch.empty_like(seg_z)
