@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "favor_attention": "attnopt.kernels.favor.op",
+    "favor_decode": "attnopt.kernels.favor.op",
+    "FavorState": "attnopt.kernels.favor.state",
+    "hedgehog_projection": "attnopt.kernels.favor.projections",
+    "orthogonal_projection": "attnopt.kernels.favor.projections",
     "lastk_attention": "attnopt.kernels.lastk.op",
     "lastk_decode": "attnopt.kernels.lastk.op",
     "sliding_window_attention": "attnopt.kernels.lastk.op",
+    "Favor": "attnopt.config",
     "LastK": "attnopt.config",
     "Masks": "attnopt.config",
     "NthLast": "attnopt.config",
@@ -28,17 +34,26 @@ _EXPORTS = {
     "from_pretrained": "attnopt.convert",
     "mechanisms": "attnopt.convert",
     "dense_attention": "attnopt.convert",
+    "redraw": "attnopt.modules.favor",
+    "calibrate": "attnopt.calibration",
     "UserError": "attnopt.errors",
 }
 
 if TYPE_CHECKING:
-    from attnopt.config import Every, First, LastK, Masks, NthLast, Window
+    from attnopt.calibration import calibrate
+    from attnopt.config import Every, Favor, First, LastK, Masks, NthLast, Window
     from attnopt.convert import convert, dense_attention, from_pretrained, mechanisms, revert
     from attnopt.errors import UserError
+    from attnopt.kernels.favor.op import favor_attention, favor_decode
+    from attnopt.kernels.favor.projections import hedgehog_projection, orthogonal_projection
+    from attnopt.kernels.favor.state import FavorState
     from attnopt.kernels.lastk.op import lastk_attention, lastk_decode, sliding_window_attention
+    from attnopt.modules.favor import redraw
 
 __all__ = [
     "Every",
+    "Favor",
+    "FavorState",
     "First",
     "LastK",
     "Masks",
@@ -46,12 +61,18 @@ __all__ = [
     "UserError",
     "Window",
     "__version__",
+    "calibrate",
     "convert",
     "dense_attention",
+    "favor_attention",
+    "favor_decode",
     "from_pretrained",
+    "hedgehog_projection",
     "lastk_attention",
     "lastk_decode",
     "mechanisms",
+    "orthogonal_projection",
+    "redraw",
     "revert",
     "sliding_window_attention",
 ]

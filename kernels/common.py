@@ -125,4 +125,5 @@ def mask_arguments(key_mask: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, 
     """The mask as bytes, each row's first real token, and the mask's strides."""
     if key_mask is None:
         return k, k, (0, 0)  # never read
-    return key_mask.view(torch.uint8), first_real_token(key_mask, k), key_mask.stride()
+    start = first_real_token(key_mask).int()
+    return key_mask.view(torch.uint8), start, key_mask.stride()

@@ -9,7 +9,12 @@ import pytest
 
 from attnopt.config import (
     BACKENDS,
+    FEATURE_MAPS,
+    MAX_BLOCK,
+    NORMS,
+    STABILIZERS,
     Every,
+    Favor,
     First,
     LastK,
     Masks,
@@ -18,6 +23,7 @@ from attnopt.config import (
     config_from_dict,
 )
 from attnopt.kernels import dispatch
+from attnopt.kernels.favor import arguments, projections
 
 CONFIGS = [
     LastK(),
@@ -25,6 +31,12 @@ CONFIGS = [
     Masks(),
     Masks([Window(8), First(4), NthLast(0)], per_head=True, init="random", backend="reference"),
     Masks([Every(), First(1)]),
+    Favor(),
+    Favor(64, window=33, window_block=16, norms="constant", gate=True, seed=7, backend="triton"),
+    Favor(feature_map="hedgehog", window=33),
+    Favor(32, feature_map="exp", stabilizer="static"),
+    Favor(feature_map="taylor", window=16, gate=False, backend="eager"),
+    Favor(16, learned=True),
 ]
 
 
@@ -43,6 +55,22 @@ def test_is_a_value():
     assert len({LastK(), LastK(5), Masks([NthLast(0)]), Masks((NthLast(0),))}) == 2
     with pytest.raises(FrozenInstanceError):
         LastK().window = 6
+
+
+def test_favor_fills_in_what_is_left_out():
+    def filled(config):
+        return config.num_features, config.learned, config.gate
+
+    assert filled(Favor()) == (128, False, False)
+    assert filled(Favor(window=33)) == (128, False, False)
+    assert filled(Favor(feature_map="relu", window=1)) == (128, False, True)
+    assert filled(Favor(feature_map="exp")) == (128, True, False)
+    assert filled(Favor(feature_map="hedgehog")) == (None, True, False)
+    assert filled(Favor(feature_map="hedgehog", window=33)) == (None, True, True)
+    assert filled(Favor(feature_map="taylor", window=33)) == (None, False, True)
+    assert Favor(feature_map="taylor", window=33, gate=False) != Favor(
+        feature_map="taylor", window=33
+    )
 
 
 def test_dense_sets_are_those_with_every():
@@ -71,6 +99,31 @@ def test_dense_sets_are_those_with_every():
         (lambda: Masks(init=None), "init must be one of zeros, random; got None"),
         (lambda: Masks(per_head="yes"), "per_head must be True or False; got 'yes'"),
         (lambda: Masks([Every()], backend="triton"), "backend must be one of auto; got 'triton'"),
+        (lambda: Favor(0), "num_features must be an integer >= 1; got 0"),
+        (lambda: Favor(64.0), "num_features must be an integer >= 1; got 64.0"),
+        (lambda: Favor(feature_map="elu"), "one of favor, hedgehog, exp, relu, taylor; got 'elu'"),
+        (lambda: Favor(7, feature_map="hedgehog"), "must be even (rows w and -w); got 7"),
+        (lambda: Favor(8, feature_map="taylor"), "leave out num_features; got 8"),
+        (lambda: Favor(feature_map="taylor", learned=True), "has no projection to learn"),
+        (lambda: Favor(feature_map="hedgehog", learned=False), "'hedgehog' is always learned"),
+        (lambda: Favor(feature_map="exp", learned=False), "'exp' is always learned"),
+        (lambda: Favor(learned=1), "learned must be True or False; got 1"),
+        (lambda: Favor(window=-1), "window must be an integer >= 0; got -1"),
+        (lambda: Favor(window=None), "window must be an integer >= 0; got None"),
+        (lambda: Favor(window_block=0), "window_block must be an integer >= 1; got 0"),
+        (lambda: Favor(window_block=129), "window_block must be at most 128; got 129"),
+        (lambda: Favor(norms="unit"), "norms must be one of chi, constant; got 'unit'"),
+        (lambda: Favor(feature_map="taylor", norms="constant"), "leave out norms; got"),
+        (lambda: Favor(feature_map="taylor", seed=3), "leave out seed; got 3"),
+        (lambda: Favor(seed=-1), "seed must be an integer >= 0; got -1"),
+        (lambda: Favor(gate=True), "gate=True needs a window"),
+        (lambda: Favor(gate="yes", window=1), "gate must be True or False; got 'yes'"),
+        (lambda: Favor(stabilizer="max"), "must be one of running, static; got 'max'"),
+        (lambda: Favor(backend="cuda"), "backend must be one of auto, triton, eager, reference"),
+        (
+            lambda: Favor(feature_map="relu", backend="triton"),
+            "backend must be one of auto, eager, reference; got 'triton'",
+        ),
     ],
 )
 def test_refuses(make, message):
@@ -82,9 +135,10 @@ def test_refuses(make, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "mechanism must be one of lastk, masks; got None"),
-        ({"mechanism": "softmax"}, "mechanism must be one of lastk, masks; got 'softmax'"),
+        ({}, "mechanism must be one of lastk, masks, favor; got None"),
+        ({"mechanism": "softmax"}, "mechanism must be one of lastk, masks, favor; got 'softmax'"),
         ({"mechanism": "lastk", "size": 3}, "lastk has the fields window, sinks"),
+        ({"mechanism": "favor", "features": 3}, "favor has the fields num_features, feature_map"),
         ({"mechanism": "lastk", "window": 0}, "window must be an integer >= 1"),
         (
             {"mechanism": "masks", "candidates": [{"candidate": "last"}]},
@@ -106,6 +160,10 @@ def test_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_configs_and_kernels_name_the_same_backends():
-    """The configs import no torch, so they hold a list of their own."""
+def test_configs_and_kernels_name_the_same_choices():
+    """The configs import no torch, so they hold lists of their own."""
     assert BACKENDS == dispatch.BACKENDS
+    assert FEATURE_MAPS == arguments.FEATURE_MAPS
+    assert STABILIZERS == arguments.STABILIZERS
+    assert MAX_BLOCK == arguments.MAX_BLOCK
+    assert NORMS == projections.NORMS

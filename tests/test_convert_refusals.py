@@ -43,8 +43,8 @@ def llama():
         (tiny, LastK(), [], "no layer to convert"),
         (tiny, {}, None, "no layer to convert"),
         (tiny, {0: LastK()}, [0], "not both"),
-        (tiny, "lastk", None, "must be one of LastK, Masks; got 'lastk'"),
-        (tiny, {0: LastK(), 1: None}, None, "must be one of LastK, Masks; got None"),
+        (tiny, "lastk", None, "must be one of LastK, Masks, Favor; got 'lastk'"),
+        (tiny, {0: LastK(), 1: None}, None, "must be one of LastK, Masks, Favor; got None"),
     ],
 )
 def test_a_refused_model_is_untouched(make, config, layers, message):

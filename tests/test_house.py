@@ -18,16 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module may import from its own layer and from layers below, never from above.
 LAYERS = """
-errors kernels.common kernels.checks kernels.dispatch kernels.interpreter
+errors kernels.common kernels.rows kernels.checks kernels.dispatch kernels.interpreter
 kernels.*.*
 kernels.*.op
 kernels.* config testing testing.*
 caches modules modules.*
-convert convert.*
-hub checkpoints data demo_text losses metrics history trainer runs distill
+convert convert.* calibration
+hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
 pretrain evaluate generate samples report report.*
 demo demo_recipe
-cli
+cli cli_attention
 __main__
 """
 LAYERS = [[f"attnopt.{name}" for name in line.split()] for line in LAYERS.split("\n")[1:-1]]

@@ -106,8 +106,8 @@ class ConvertedModel(_AnyModel):
         """Initialize what no checkpoint has filled, mechanisms included."""
         super().initialize_weights()
         for mechanism in mechanisms(self).values():
-            loaded = [getattr(p, "_is_hf_initialized", False) for p in mechanism.parameters()]
-            if not all(loaded):
+            held = (*mechanism.parameters(), *mechanism.buffers())
+            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in held):
                 mechanism.reset_parameters()
 
     def make_cache(self) -> MechanismCache:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
-from attnopt.caches import MechanismCache, SinkWindowLayer
+from attnopt.caches import MechanismCache, MechanismLayer
 
 NAME = "attnopt"
 
@@ -65,11 +65,11 @@ def attention(
             f"layer {mechanism.layer_idx}: converted attention has no dropout on its weights; "
             f"leave attn_dropout.p at 0 (convert sets it), got {dropout}"
         )
-    if isinstance(attnopt_cache_layer, SinkWindowLayer):
-        real = attnopt_cache_layer.step_mask
-    out = mechanism(
-        query, key, value, key_mask=real, scale=scaling, hidden_states=attnopt_hidden_states
-    )
+    options = {"scale": scaling, "hidden_states": attnopt_hidden_states}
+    if isinstance(attnopt_cache_layer, MechanismLayer):
+        out = attnopt_cache_layer.attend(mechanism, query, key, value, **options)
+    else:
+        out = mechanism(query, key, value, key_mask=real, **options)
     return out.transpose(1, 2), None
 
 
@@ -197,7 +197,7 @@ def pass_context(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple | No
     if isinstance(cache, MechanismCache):
         layer = cache.layers[getattr(module, NAME).layer_idx]
         context["attnopt_cache_layer"] = layer
-        if isinstance(layer, SinkWindowLayer):
+        if isinstance(layer, MechanismLayer):
             layer.observe(kwargs.get("attention_mask"))
     return args, {**kwargs, **context}
 

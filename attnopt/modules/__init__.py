@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from attnopt.config import MECHANISMS, Config
 from attnopt.modules.base import AttentionMechanism
+from attnopt.modules.favor import FavorMechanism, redraw
 from attnopt.modules.masks import LastKMechanism, MasksMechanism
 
-__all__ = ["AttentionMechanism", "LastKMechanism", "MasksMechanism", "build_mechanism"]
+__all__ = [
+    "AttentionMechanism",
+    "FavorMechanism",
+    "LastKMechanism",
+    "MasksMechanism",
+    "build_mechanism",
+    "redraw",
+]
 
-_CLASSES = {"lastk": LastKMechanism, "masks": MasksMechanism}
+_CLASSES: dict[str, type[AttentionMechanism]] = {
+    "favor": FavorMechanism,
+    "lastk": LastKMechanism,
+    "masks": MasksMechanism,
+}
 
 
 def build_mechanism(

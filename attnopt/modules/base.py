@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class AttentionMechanism(nn.Module):
     """Replaces the softmax attention of one layer and holds what that replacement learns.
 
-    Parameters stay in fp32 (or fp64) whatever the dtype of the model: `.to(bfloat16)` moves them
-    but does not round them.
+    Parameters and buffers stay in fp32 (or fp64) whatever the dtype of the model: `.to(bfloat16)`
+    moves them but does not round them.
 
     Args:
         config: what to build.
@@ -77,16 +77,22 @@ class AttentionMechanism(nn.Module):
         raise NotImplementedError
 
     def coefficients(self) -> dict[str, Tensor]:
-        """Learned weights in (0, 1) by kind, `[C]` or `[H, C]`, differentiable."""
-        raise NotImplementedError
+        """Learned weights in (0, 1) by kind, `[C]` or `[H, C]`, differentiable.
+
+        Empty for a mechanism that learns no such weights: then it has no penalty either.
+        """
+        return {}
 
     def labels(self) -> dict[str, list[str]]:
         """Names of the C entries of each kind of coefficient."""
-        raise NotImplementedError
+        return {}
 
-    def mask_matrix(self, length: int) -> Tensor:
-        """Weight m_ij of key j for query i without padding, `[1 or H, length, length]`, fp32."""
-        raise NotImplementedError
+    def mask_matrix(self, length: int) -> Tensor | None:
+        """Weight m_ij of key j for query i without padding, `[1 or H, length, length]`, fp32.
+
+        None for a mechanism that puts no mask on softmax.
+        """
+        return None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise in place; random numbers are drawn on the CPU, by default from torch's own.
@@ -100,8 +106,12 @@ class AttentionMechanism(nn.Module):
         raise NotImplementedError
 
     def l1_penalty(self) -> Tensor:
-        """Mean of all coefficients: their sum divided by their count, a scalar."""
-        return torch.cat([c.flatten() for c in self.coefficients().values()]).mean()
+        """Mean of all coefficients: their sum divided by their count, a scalar; 0 without any."""
+        coefficients = [c.flatten() for c in self.coefficients().values()]
+        if not coefficients:
+            held = next((x for x in (*self.parameters(), *self.buffers())), None)
+            return torch.zeros((), device=None if held is None else held.device)
+        return torch.cat(coefficients).mean()
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

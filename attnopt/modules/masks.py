@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attnopt.config import Candidate, Every, First, LastK, Masks, NthLast, Window
 from attnopt.kernels.lastk.op import lastk_attention
+from attnopt.kernels.rows import first_real_token
 from attnopt.modules.base import AttentionMechanism
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class LogWeights(NamedTuple):
 
 class BandMechanism(AttentionMechanism):
     """Attention over a band and sinks; subclasses say how the weights are learned."""
+
+    config: LastK | Masks
 
     def log_weights(self) -> LogWeights:
         """The weights of all offsets and sinks, differentiable."""
@@ -217,7 +220,7 @@ def _log_mask(weights: LogWeights, num_queries: int, key_mask: Tensor) -> Tensor
     log_mask = torch.where(n < window, log_mask, far.reshape(-1, 1, 1))[None]
     if weights.sinks is not None:
         count = weights.sinks.shape[-1]
-        start = key_mask.int().cumsum(1).eq(0).sum(1)  # [B], the first real token
+        start = first_real_token(key_mask)  # [B]
         rank = (j - start[:, None])[:, None]  # [B, 1, Nk]
         sink = weights.sinks.reshape(-1, count)[:, rank.clamp(0, count - 1)].movedim(0, 1)
         log_mask = torch.where(((rank >= 0) & (rank < count))[:, None], sink, log_mask)

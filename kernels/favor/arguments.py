@@ -11,6 +11,7 @@ from attnopt.kernels.checks import FLOATS, check_scale
 from attnopt.kernels.favor.state import FavorState
 
 FEATURE_MAPS = ("favor", "hedgehog", "exp", "relu", "taylor")
+TRITON_FEATURE_MAPS = ("favor", "hedgehog", "exp")
 STABILIZERS = ("running", "static")
 MAX_BLOCK = 128
 

@@ -13,12 +13,14 @@ from attnopt.kernels.checks import check_key_mask, check_qkv
 from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
 from attnopt.kernels.favor.arguments import (
     FEATURE_MAPS,
+    TRITON_FEATURE_MAPS,
     Options,
     check_features,
     check_options,
     check_state,
     count_features,
 )
+from attnopt.kernels.favor.plan import MAX_FEATURES
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.kernels.favor.state import EMPTY, FavorState, cut_ring, join_ring
 from attnopt.kernels.interpreter import repair_bfloat16
@@ -80,8 +82,8 @@ def favor_attention(
             below about 10.
         initial_state: what an earlier call returned; its tokens come before these.
         return_state: also return the state after these tokens.
-        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses. "relu" and
-            "taylor" have no Triton kernel.
+        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses. "relu", "taylor"
+            and more than 256 features have no Triton kernel.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `q` (under autocast, in its dtype), and with
@@ -100,14 +102,11 @@ def favor_attention(
     check_key_mask(key_mask, k)
     options = check_options(q, feature_map, window, window_block, causal, scale, stabilizer)
     projection, log_gate = check_features(q, projection, log_gate, options)
-    backend = resolve_backend(backend, q)
-    if backend == "triton" and feature_map in ("relu", "taylor"):
-        raise ValueError(
-            f"feature_map={feature_map!r} has no Triton kernel; use backend='eager' for it"
-        )
+    num_features = count_features(projection, q, feature_map)
+    backend = _choose_backend(backend, q, feature_map, num_features)
     state = initial_state
     if state is not None:
-        check_state(state, q, k, count_features(projection, q, feature_map), window)
+        check_state(state, q, k, num_features, window)
         k, v, key_mask = join_ring(state, k, v, key_mask)
     run = _reference if backend == "reference" else _fused
     out, sums = run(q, k, v, projection, log_gate, key_mask, state, options, backend)
@@ -184,6 +183,20 @@ def empty_state(
         return FavorState(*sums)
     none = k[:, :, :0]
     return FavorState(*sums, none, none, none.new_ones(B, 0, dtype=torch.bool))
+
+
+def _choose_backend(backend: str, q: Tensor, feature_map: str, num_features: int) -> str:
+    """The backend that runs: what has no Triton kernel is eager under "auto", else refused."""
+    lacks = None
+    if feature_map not in TRITON_FEATURE_MAPS:
+        lacks = f"feature_map={feature_map!r}"
+    elif num_features > MAX_FEATURES:
+        lacks = f"more than {MAX_FEATURES} features ({num_features})"
+    if lacks and backend == "auto":
+        backend = "eager"
+    if lacks and backend == "triton":
+        raise ValueError(f"{lacks} has no Triton kernel; use backend='eager'")
+    return resolve_backend(backend, q)
 
 
 def _reference(

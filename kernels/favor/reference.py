@@ -99,7 +99,7 @@ def favor_reference(
         visible, exact = _pairs(real, q.shape[2], window, window_block, causal)
         logits = torch.where(exact, scores, far).masked_fill(~visible, -torch.inf)
 
-        factor, log_phi = _features(queries, rows, feature_map)
+        factor, log_phi = log_features(queries, rows, feature_map)
         state = initial_state or _empty_state(log_phi, q.shape[-1])
         kv, z, log_scale = (part.to(dtype) for part in state)
         log_scale = log_scale.detach()
@@ -109,11 +109,11 @@ def favor_reference(
         if not return_state:
             return out
         absorbed = _absorbed(real, window, window_block)
-        features = _features(keys, rows, feature_map)
+        features = log_features(keys, rows, feature_map)
         return out, _add_keys((kv, z, log_scale), features, values, absorbed)
 
 
-def _features(x: Tensor, rows: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+def log_features(x: Tensor, rows: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
     """phi(x) as factor * e^log, both [B, H, N, M]: for taylor all factor, for others all log."""
     if feature_map == "taylor":
         a, b = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
@@ -138,8 +138,8 @@ def _log_kernel(
     """log phi(q'_i).phi(k'_j) for every pair, [B, H, Nq, Nk]."""
     if feature_map == "taylor":
         return (1 + scores + scores.square() / 2).log()  # ((1 + s)^2 + 1) / 2 > 0
-    log_q = _features(queries, rows, feature_map)[1][:, :, :, None]
-    log_k = _features(keys, rows, feature_map)[1][:, :, None]
+    log_q = log_features(queries, rows, feature_map)[1][:, :, :, None]
+    log_k = log_features(keys, rows, feature_map)[1][:, :, None]
     size = max(1, CHUNK // max(1, log_k.numel()))  # queries at a time
     return torch.cat([torch.logsumexp(part + log_k, -1) for part in log_q.split(size, 2)], 2)
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnopt.kernels.rows import first_real_token
+
 EMPTY = -1e30  # log_scale of a sum over nothing: finite, so that no inf - inf can arise
 
 
@@ -58,7 +60,7 @@ def cut_ring(
     if key_mask is None:
         key_mask = k.new_ones(B, Nk, dtype=torch.bool)
     kept = min(Nk, window + window_block - 2)
-    start = key_mask.int().cumsum(1).eq(0).sum(1)  # [B], first real token
+    start = first_real_token(key_mask)  # [B]
     summed = (Nk - start - window + 1).clamp(min=0) // window_block * window_block
     position = torch.arange(Nk, device=k.device)
     key_mask = key_mask & (position >= (start + summed)[:, None])

@@ -40,7 +40,10 @@ class Sinks:
 def sink_positions(key_mask: Tensor | None, T: int, k: Tensor) -> Sinks:
     """Find the first `T` real tokens of each row; T may exceed the number of tokens."""
     Nk = k.shape[2]
-    start = first_real_token(key_mask, k).long()
+    if key_mask is None:
+        start = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    else:
+        start = first_real_token(key_mask)
     position = start[:, None] + torch.arange(T, device=k.device)
     visible = position < Nk
     if key_mask is not None:
