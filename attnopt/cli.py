@@ -1,17 +1,14 @@
 """The command line. Commands import what they need when they run, so that help is instant."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from attnopt import __version__
+from attnopt import cli_attention as options
 from attnopt.errors import UserError
-
-if TYPE_CHECKING:
-    from attnopt.config import Candidate, Config
 
 app = typer.Typer(
     help="Efficient attention for pretrained models: convert, distill, and see what it cost.",
@@ -37,7 +34,6 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder written by `attnopt distill`.")]
-ATTENTION = "Attention"
 OBJECTIVE = "Objective"
 
 
@@ -112,37 +108,18 @@ def distill(
     model: Annotated[str, typer.Option(help="Teacher: a folder or Hub id, such as gpt2.")],
     data: Data,
     output: Output,
-    attention: Annotated[
-        Literal["lastk", "masks"], typer.Option(rich_help_panel=ATTENTION, help="Mechanism.")
-    ] = "lastk",
-    window: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=ATTENTION, help="lastk: tokens seen.", show_default="5"),
-    ] = None,
-    sinks: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=ATTENTION, help="lastk: sinks kept.", show_default="0"),
-    ] = None,
-    mask: Annotated[
-        list[str] | None,
-        typer.Option(
-            rich_help_panel=ATTENTION,
-            help="masks: a candidate, nth:N, window:N, first:N or every; repeat for more.",
-            show_default="nth:0 to nth:4",
-        ),
-    ] = None,
-    per_head: Annotated[
-        bool, typer.Option("--per-head", rich_help_panel=ATTENTION, help="Masks for every head.")
-    ] = False,
-    init: Annotated[
-        Literal["zeros", "random"], typer.Option(rich_help_panel=ATTENTION, help="Of the masks.")
-    ] = "zeros",
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=ATTENTION, help="Those to convert, as 0,2,6-11.", show_default="all"
-        ),
-    ] = None,
+    attention: options.Attention = "lastk",
+    window: options.Window = None,
+    sinks: options.Sinks = None,
+    mask: options.Mask = None,
+    per_head: options.PerHead = False,
+    init: options.Init = None,
+    features: options.Features = None,
+    window_block: options.WindowBlock = None,
+    stabilizer: options.Stabilizer = None,
+    norms: options.Norms = None,
+    redraw_every: options.RedrawEvery = None,
+    layers: options.Layers = None,
     train: Annotated[
         Literal["coefficients", "attention", "all"],
         typer.Option(rich_help_panel=OBJECTIVE, help="Which parameters learn."),
@@ -155,12 +132,18 @@ def distill(
     kl_weight: Annotated[float, typer.Option(rich_help_panel=OBJECTIVE)] = 1.0,
     ce_weight: Annotated[float, typer.Option(rich_help_panel=OBJECTIVE)] = 0.0,
     l1_weight: Annotated[float, typer.Option(rich_help_panel=OBJECTIVE)] = 0.0,
-    steps: Steps = 1000,
+    match_steps: Annotated[
+        int, typer.Option(min=0, help="Steps before --steps that match each layer's attention.")
+    ] = 0,
+    match_learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="Of those steps.", show_default="the same")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps on the objective.")] = 1000,
     batch_size: BatchSize = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak of the cosine.")] = 3e-4,
     coefficient_learning_rate: Annotated[
-        float | None, typer.Option(min=0, help="Of the coefficients, if another.")
+        float | None, typer.Option(min=0, help="Of coefficients, features and gates, if another.")
     ] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")
@@ -185,8 +168,21 @@ def distill(
     Writes the student, checkpoints, curves and masks to the output folder, and run.json with this
     command. `attnopt evaluate`, `generate --compare` and `report` go on from there.
     """
-    config = _config(attention, window, sinks, mask, {"per_head": per_head, "init": init})
-    chosen = None if layers is None else _layers(layers)
+    if steps + match_steps == 0:
+        raise UserError("nothing to train: --steps and --match-steps are both 0")
+    given = {
+        "window": window,
+        "sinks": sinks,
+        "mask": mask,
+        "per_head": per_head,
+        "init": init,
+        "features": features,
+        "window_block": window_block,
+        "stabilizer": stabilizer,
+        "norms": norms,
+        "redraw_every": redraw_every,
+    }
+    config = options.build_config(attention, given)
     from attnopt import distill as module
 
     folder = module.distill(
@@ -194,7 +190,7 @@ def distill(
         config,
         data,
         output,
-        layers=chosen,
+        layers=None if layers is None else options.layer_indices(layers),
         tokenizer=tokenizer,
         block_size=block_size,
         text_column=text_column,
@@ -204,7 +200,10 @@ def distill(
         patience=patience,
         resume=resume,
         argv=_argv(),
-        max_steps=steps,
+        max_steps=match_steps + steps,
+        match_steps=match_steps,
+        match_learning_rate=match_learning_rate,
+        redraw_every=redraw_every,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation,
         learning_rate=learning_rate,
@@ -321,49 +320,3 @@ def _is_mistake(error: Exception) -> bool:
 
 def _argv() -> list[str]:
     return ["attnopt", *(a for a in sys.argv[1:] if a != "--debug")]
-
-
-def _config(
-    attention: str,
-    window: int | None,
-    sinks: int | None,
-    masks: list[str] | None,
-    common: dict[str, Any],
-) -> "Config":
-    from attnopt.config import LastK, Masks
-
-    given = {"--window": window, "--sinks": sinks, "--mask": masks}
-    belongs = {"lastk": ("--window", "--sinks"), "masks": ("--mask",)}[attention]
-    for flag, value in given.items():
-        if value and flag not in belongs:
-            raise UserError(
-                f"{flag} has no meaning with --attention {attention}, which takes "
-                f"{' and '.join(belongs)}"
-            )
-    if attention == "lastk":
-        return LastK(window=5 if window is None else window, sinks=sinks or 0, **common)
-    if not masks:
-        return Masks(**common)
-    return Masks(candidates=tuple(_candidate(mask) for mask in masks), **common)
-
-
-def _candidate(text: str) -> "Candidate":
-    from attnopt.config import Every, First, NthLast, Window
-
-    kinds: dict[str, Callable[[int], Any]] = {"nth": NthLast, "window": Window, "first": First}
-    kind, _, number = text.partition(":")
-    if text == "every":
-        return Every()
-    if kind not in kinds or not number.isdecimal():
-        raise UserError(f"--mask takes nth:N, window:N, first:N or every; got {text!r}")
-    return kinds[kind](int(number))
-
-
-def _layers(text: str) -> list[int]:
-    chosen: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
-            raise UserError(f"--layers takes numbers and ranges such as 0,2,6-11; got {text!r}")
-        chosen += range(int(first), int(last or first) + 1)
-    return chosen

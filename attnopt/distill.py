@@ -1,5 +1,6 @@
 """Distillation from start to end: a converted copy of a model learns to give the same answers."""
 
+import random
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
+from attnopt.calibration import calibrate
 from attnopt.checkpoints import prepare_folder, write_folder, write_json
 from attnopt.config import Config
 from attnopt.convert import convert, mechanisms
-from attnopt.data import Split, load_blocks
+from attnopt.data import Split, collate, load_blocks
 from attnopt.errors import UserError
 from attnopt.history import History
 from attnopt.runs import (
@@ -24,6 +26,7 @@ from attnopt.runs import (
     training_settings,
     versions,
 )
+from attnopt.stages import Patience
 from attnopt.trainer import DistillationArguments, DistillationTrainer
 
 __all__ = ["DistillationArguments", "DistillationTrainer", "distill"]
@@ -41,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,
 }
 MASK_LENGTH = 48  # of the heatmaps in masks.json
+CALIBRATION_ROWS = 8  # training sequences that gates are measured on
 
 
 def distill(
@@ -72,9 +76,11 @@ def distill(
     long as the number of threads and processes is the same.
     argv: the command to record, by default this process's.
     training: fields of DistillationArguments; DEFAULTS holds what differs from its own defaults.
+    max_steps counts those of `match_steps` too, which come first.
 
-    The folder gets run.json, history.json, masks.json, checkpoints/ and student/. Dropout is 0
-    in the student: its noise would be part of what the teacher is to explain.
+    Gates between a window and features start where `attnopt.calibrate` puts them on a few training
+    sequences. Dropout is 0 in the student: its noise would be part of what the teacher is to
+    explain. The folder gets run.json, history.json, masks.json, checkpoints/ and student/.
 
     Raises UserError for what the user can mend, before training where that is possible.
     """
@@ -109,6 +115,7 @@ def distill(
     }
     if trainer.is_world_process_zero():
         write_json(output / "run.json", about)
+    _calibrate(student, trainer.train_dataset, args.seed)
     train(trainer, resume)
     if trainer.is_world_process_zero():
         write_folder(output / "student", lambda folder: trainer.save_model(str(folder)))
@@ -118,10 +125,24 @@ def distill(
 
 
 def mask_heatmaps(model: PreTrainedModel, length: int = MASK_LENGTH) -> dict[str, Any]:
-    """Return {"layers": {layer: m_ij as lists [1 or H, length, length]}}, rounded to 4 digits."""
+    """Return {"layers": {layer: m_ij as lists [1 or H, length, length]}}, rounded to 4 digits.
+
+    Layers whose mechanism puts no mask on softmax are left out.
+    """
     matrices = {str(i): m.mask_matrix(length) for i, m in mechanisms(model).items()}
-    rounded = {i: (m.detach().double().cpu() * 1e4).round() / 1e4 for i, m in matrices.items()}
+    rounded = {
+        i: (m.detach().double().cpu() * 1e4).round() / 1e4
+        for i, m in matrices.items()
+        if m is not None
+    }
     return {"layers": {i: m.tolist() for i, m in rounded.items()}}
+
+
+def _calibrate(student: PreTrainedModel, blocks: Dataset, seed: int) -> None:
+    if any(getattr(m.config, "gate", False) for m in mechanisms(student).values()):
+        count = min(CALIBRATION_ROWS, len(blocks))
+        chosen = sorted(random.Random(seed).sample(range(len(blocks)), count))
+        calibrate(student, [collate([blocks[i]]) for i in chosen])
 
 
 def _check_unused(output: Path, resume: bool) -> None:
@@ -140,8 +161,8 @@ def _arguments(
     return DistillationArguments(output_dir=str(folder), **chosen)
 
 
-def _stopping(patience: int | None) -> list[EarlyStoppingCallback]:
-    return [] if patience is None else [EarlyStoppingCallback(patience)]
+def _stopping(patience: int | None) -> list[Patience]:
+    return [] if patience is None else [Patience(patience)]
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

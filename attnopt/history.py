@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 from attnopt.checkpoints import write_json
 from attnopt.convert import mechanisms
 
-_TRAINING_KEYS = ("loss", "kl", "ce", "l1", "learning_rate", "grad_norm")
+_TRAINING_KEYS = ("loss", "match", "kl", "ce", "l1", "learning_rate", "grad_norm")
 _EVALUATION_KEYS = ("kl", "ce", "perplexity", "top1", "teacher_perplexity")
 KEYS = (*_TRAINING_KEYS, *(f"eval_{key}" for key in _EVALUATION_KEYS))
 SNAPSHOTS = 100  # of the coefficients, at most, however long the run
@@ -26,8 +26,10 @@ class History(TrainerCallback):
     """Writes history.json at every log: one row per step, and the coefficients of every layer
     at up to SNAPSHOTS + 1 steps.
 
-    Times count from the start of training, over all its resumptions; memory is in MiB, that of
-    the GPU the peak so far. A resumed run drops the rows after the checkpoint it starts from.
+    A row of the matching stage has "match", the mean error of the layers (`attnopt.matching`), in
+    the place of the terms of the objective. Times count from the start of training, over all its
+    resumptions; memory is in MiB, that of the GPU the peak so far. A resumed run drops the rows
+    after the checkpoint it starts from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +69,7 @@ class History(TrainerCallback):
             self.rows.append({"step": state.global_step})
             self._snapshot(state, model)
         self.rows[-1].update(known, **self._cost())
-        labels = {str(i): m.labels() for i, m in _mechanisms(model).items()}
+        labels = {str(i): names for i, m in _mechanisms(model).items() if (names := m.labels())}
         content = {"rows": self.rows, "coefficients": self.coefficients, "labels": labels}
         write_json(self.path, content)
 
@@ -119,10 +121,9 @@ def _mechanisms(model: nn.Module | None) -> dict[int, Any]:
 
 
 def _coefficients(model: nn.Module | None) -> dict[str, dict[str, list]]:
+    found = {i: mechanism.coefficients() for i, mechanism in _mechanisms(model).items()}
     return {
-        str(index): {
-            kind: values.detach().float().tolist()
-            for kind, values in mechanism.coefficients().items()
-        }
-        for index, mechanism in _mechanisms(model).items()
+        str(index): {kind: values.detach().float().tolist() for kind, values in named.items()}
+        for index, named in found.items()
+        if named
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnopt import First, LastK, Masks, NthLast, UserError, Window, __version__, cli
+from attnopt import Favor, First, LastK, Masks, NthLast, UserError, Window, __version__, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report")
@@ -100,9 +100,10 @@ def test_distill_passes_everything_on(run, recorded):
     more = "--resume --max-train-tokens 999 --max-eval-tokens 333 "
     more += "--batch-size 3 --learning-rate 0.01 --train all --direction reverse --temperature 2"
     data = "--validation-data v.txt --text-column body --block-size 64 --patience 2 --seed 5"
+    stages = "--match-steps 8 --match-learning-rate 0.5"
     weights = "--kl-weight 0.5 --ce-weight 0.25 --l1-weight 0.125 --gradient-accumulation 6"
     words = "distill --model gpt2 --data d.txt --output out".split()
-    words += f"{flags} {more} {data} {weights}".split()
+    words += f"{flags} {more} {data} {weights} {stages}".split()
     status, out, _ = run(*words)
     assert status == 0 and "somewhere" in out
     (call,) = calls
@@ -115,7 +116,8 @@ def test_distill_passes_everything_on(run, recorded):
     expected |= {"max_train_tokens": 999, "max_eval_tokens": 333}
     assert expected.items() <= call.items() and call["resume"] is True
     assert training.keys() <= {field.name for field in fields(module.DistillationArguments)}
-    expected = {"max_steps": 12, "per_device_train_batch_size": 3, "learning_rate": 0.01}
+    expected = {"max_steps": 20, "match_steps": 8, "match_learning_rate": 0.5, "redraw_every": None}
+    expected |= {"per_device_train_batch_size": 3, "learning_rate": 0.01}
     expected |= {"train_parameters": "all", "direction": "reverse", "temperature": 2.0, "seed": 5}
     expected |= {"kl_weight": 0.5, "ce_weight": 0.25, "l1_weight": 0.125, "bf16": True}
     expected |= {"gradient_accumulation_steps": 6}
@@ -129,6 +131,7 @@ def test_distill_without_options_is_the_studys_default(run, recorded):
     run("distill", "--model", "gpt2", "--data", "demo", "--output", "out")
     assert calls[0]["config"] == LastK(window=5)
     assert calls[0].get("layers") is None
+    assert calls[0]["training"]["match_steps"] == 0
     assert calls[0]["training"]["max_steps"] == module.DEFAULTS["max_steps"]
     assert calls[0]["training"]["learning_rate"] == module.DEFAULTS["learning_rate"]
 
@@ -142,6 +145,39 @@ def test_masks_are_read(run, recorded):
     assert calls[-1]["config"] == Masks()
     run(*common, "--mask", "nth:3", "--mask", "window:8", "--mask", "first:2")
     assert calls[-1]["config"] == Masks(candidates=(NthLast(3), Window(8), First(2)))
+
+
+FEATURES = "--features 64 --window 33 --window-block 16 --stabilizer static"
+
+
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ("performer", Favor()),
+        (f"performer {FEATURES} --norms constant --redraw-every 7",
+         Favor(64, window=33, window_block=16, stabilizer="static", norms="constant")),
+        ("kerformer", Favor(learned=True)),
+        (f"kerformer {FEATURES} --norms constant",
+         Favor(64, window=33, window_block=16, stabilizer="static", norms="constant",
+               learned=True)),
+        ("hedgehog", Favor(feature_map="hedgehog")),
+        (f"hedgehog {FEATURES}",
+         Favor(64, "hedgehog", window=33, window_block=16, stabilizer="static")),
+        ("based", Favor(feature_map="taylor", window=33)),
+        ("based --window 0", Favor(feature_map="taylor")),
+        ("based --window 65 --window-block 8",
+         Favor(feature_map="taylor", window=65, window_block=8)),
+    ],
+)  # fmt: skip
+def test_feature_attention_is_read(run, recorded, flags, config):
+    from attnopt import distill as module
+
+    calls = recorded(module, "distill")
+    words = f"distill --model m --data demo --output o --attention {flags}".split()
+    status, _, err = run(*words)
+    assert status == 0, err
+    assert calls[0]["config"] == config
+    assert calls[0]["training"]["redraw_every"] == (7 if "redraw" in flags else None)
 
 
 def test_pretrain_passes_everything_on(run, recorded):
@@ -191,6 +227,19 @@ DISTILL = ("distill", "--model", "m", "--data", "demo", "--output", "o")
         ((*DISTILL, "--window", "0"), "window must be an integer >= 1; got 0"),
         ((*DISTILL, "--mask", "nth:1"), "--mask has no meaning with --attention lastk"),
         ((*DISTILL, "--attention", "masks", "--window", "3"), "--window has no meaning"),
+        ((*DISTILL, "--attention", "masks", "--window", "0"), "--window has no meaning"),
+        ((*DISTILL, "--features", "8"), "--features has no meaning with --attention lastk"),
+        ((*DISTILL, "--redraw-every", "8"), "--redraw-every has no meaning with --attention lastk"),
+        ((*DISTILL, "--attention", "performer", "--per-head"), "--per-head has no meaning"),
+        ((*DISTILL, "--attention", "performer", "--init", "zeros"), "--init has no meaning"),
+        ((*DISTILL, "--attention", "performer", "--sinks", "1"), "--sinks has no meaning"),
+        ((*DISTILL, "--attention", "performer", "--window-block", "8"), "without --window"),
+        ((*DISTILL, "--attention", "kerformer", "--redraw-every", "8"), "takes --features and"),
+        ((*DISTILL, "--attention", "hedgehog", "--norms", "chi"), "--norms has no meaning"),
+        ((*DISTILL, "--attention", "hedgehog", "--features", "7"), "must be even"),
+        ((*DISTILL, "--attention", "based", "--features", "8"), "--features has no meaning"),
+        ((*DISTILL, "--attention", "based", "--stabilizer", "static"), "--stabilizer has no"),
+        ((*DISTILL, "--steps", "0"), "--steps and --match-steps are both 0"),
         ((*DISTILL, "--attention", "masks", "--mask", "last:3"), "--mask takes nth:N"),
         ((*DISTILL, "--layers", "1,x"), "--layers takes numbers and ranges"),
         (("report", "nowhere"), "nowhere is not a run folder"),

@@ -1,7 +1,6 @@
 """The distillation trainer: what trains, what it writes, and that nothing is lost to a kill."""
 
 import itertools
-import json
 import os
 import resource
 import signal
@@ -12,24 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from squares import write_squares
+from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights, write_teacher
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
 from attnopt.checkpoints import newest_complete
-from attnopt.data import load_blocks
-from attnopt.demo_text import byte_tokenizer
-from attnopt.distill import DistillationArguments, DistillationTrainer, distill
+from attnopt.distill import DistillationArguments, DistillationTrainer
 from attnopt.errors import UserError
-from attnopt.pretrain import small_gpt2
 from attnopt.runs import check_fits, load_model, load_tokenizer
 from attnopt.trainer import set_trainable
 
 ROOT = Path(__file__).resolve().parents[1]
-BYTES = byte_tokenizer()
-QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 2, "learning_rate": 2e-3}
-CONTEXT = 16
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +31,8 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, text):
-    """A GPT-2 with dropout in its config, saved with its tokenizer."""
-    folder = tmp_path_factory.mktemp("teacher") / "model"
-    torch.manual_seed(0)
-    model = small_gpt2(BYTES, layers=2, width=16, heads=2, context=CONTEXT)
-    model.config.resid_pdrop = model.config.embd_pdrop = 0.5
-    with torch.no_grad():  # sharper than at its start, so that attention matters
-        for block in model.transformer.h:
-            block.attn.c_attn.weight.mul_(6)
-    model.save_pretrained(folder)
-    BYTES.save_pretrained(folder)
-    return str(folder)
-
-
-def run(teacher, text, folder, steps=6, config=None, **options):
-    options = {**QUIET, "max_steps": steps, "logging_steps": 2, "eval_steps": 3, **options}
-    return distill(teacher, config or LastK(window=3), text, folder, max_eval_tokens=160, **options)
-
-
-def read(path):
-    return json.loads(Path(path).read_text())
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def test_a_run_folder_holds_what_the_others_read(teacher, text, tmp_path):
@@ -110,18 +80,6 @@ def test_only_what_is_chosen_trains(teacher, text, tmp_path, trained):
     assert changed == expected
     alphas = [after[name] for name in after.keys() - before.keys()]
     assert len(alphas) == 2 and all((alpha != 0).all() for alpha in alphas)
-
-
-def trainer_of(student, tmp_path, text, teacher=None, **options):
-    arguments = {**QUIET, "max_steps": 1, "save_strategy": "no", **options}
-    blocks = load_blocks(text, BYTES, block_size=CONTEXT, max_tokens=400)
-    return DistillationTrainer(
-        student,
-        DistillationArguments(output_dir=str(tmp_path), **arguments),
-        teacher=teacher,
-        train_dataset=blocks,
-        eval_dataset=blocks,
-    )
 
 
 def test_a_student_with_frozen_weights_is_its_own_teacher(teacher, text, tmp_path):
@@ -240,8 +198,8 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(int(sys.argv.pop()))  # sums depend on how many threads share them
 from attnopt.trainer import DistillationTrainer
-sys.path[:0] = ["tests", "tests/support"]
-from test_distill import run
+sys.path.insert(0, "tests/support")
+from tiny_runs import run
 save = DistillationTrainer._save_checkpoint
 
 def save_and_die(self, model, trial):
@@ -295,15 +253,15 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, text, tmp_path, caplog):
 RANK = """
 import sys, torch
 torch.set_num_threads(1)
-sys.path[:0] = ["tests", "tests/support"]
-from test_distill import run
+sys.path.insert(0, "tests/support")
+from tiny_runs import run
 teacher, text, folder, options = sys.argv[1:]
 run(teacher, text, folder, **eval(options))
 """
 
 
 def test_two_processes_equal_one(teacher, text, tmp_path):
-    options = {"steps": 2, "logging_steps": 1, "l1_weight": 0.1}
+    options = {"steps": 3, "match_steps": 1, "logging_steps": 1, "l1_weight": 0.1}
     options |= {"train_parameters": "all", "ce_weight": 0.5, "per_device_eval_batch_size": 3}
     run(teacher, text, tmp_path / "one", per_device_train_batch_size=2, **options)
     options |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo"}
@@ -329,7 +287,7 @@ def test_two_processes_equal_one(teacher, text, tmp_path):
         for rank in ranks:
             rank.kill()
     assert codes == [0, 0], (tmp_path / "rank1.log").read_text()
-    assert newest_complete(tmp_path / "two" / "checkpoints").name == "checkpoint-2"
+    assert newest_complete(tmp_path / "two" / "checkpoints").name == "checkpoint-3"
     one, two = (read(tmp_path / name / "history.json")["rows"] for name in ("one", "two"))
     assert len(one) == len(two) > 2
     for a, b in zip(one, two, strict=True):

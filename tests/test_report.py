@@ -8,12 +8,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from attnopt import Favor
 from attnopt.errors import UserError
-from attnopt.report import write_report
+from attnopt.report import load_runs, write_report
 from attnopt.report.page import byte_count, number
+from attnopt.report.pictures import loss_panels, validation_panels
 from attnopt.report.plots import Line, Panel, line_panels, smooth
 from attnopt.report.runs import describe
-from attnopt.report.style import svg
+from attnopt.report.style import color_of, svg
 
 STEPS = 20
 
@@ -177,6 +179,39 @@ def test_only_terms_that_were_trained_are_drawn(write_run, tmp_path):
     assert "total loss" in html and "KL to the teacher<" in html
 
 
+def test_the_matching_stage_has_its_own_panel_and_a_border(write_run, tmp_path):
+    plain, run = write_run(tmp_path / "a"), write_run(tmp_path / "b", 7)
+    before = report(tmp_path, plain)[0]
+    about, history = (json.loads((run / f"{n}.json").read_text()) for n in ("run", "history"))
+    about["training"] |= {"match_steps": 5, "l1_weight": 0.1}
+    for row in history["rows"][:5]:
+        row["match"] = row["loss"] = 77.0
+        del row["kl"]
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "history.json").write_text(json.dumps(history))
+    html, _ = report(tmp_path, plain, run)
+    for words in ("error of attention, before the KL", "end of attention matching"):
+        assert words in html and words not in before
+    kl, perplexity, top1 = validation_panels(load_runs([plain, run]))
+    assert kl.borders == perplexity.borders == top1.borders == [(5, color_of(1))]
+    drawn = [line for line in line_panels([kl]).axes[0].lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in drawn] == [5]
+    panels = {panel.title: panel for panel in loss_panels(load_runs([plain, run]))}
+    assert max(max(line.y) for line in panels["total loss"].lines) < 10
+    assert [line.y for line in panels["error of attention, before the KL"].lines] == [[77.0] * 5]
+
+
+def test_a_mechanism_without_coefficients(write_run, tmp_path):
+    run = write_run(tmp_path / "a")
+    history = json.loads((run / "history.json").read_text())
+    history |= {"labels": {}, "coefficients": [{"step": 0, "layers": {"0": {}, "1": {}}}]}
+    (run / "history.json").write_text(json.dumps(history))
+    (run / "masks.json").write_text('{"layers": {}}')
+    page = Page(report(tmp_path, run)[0])
+    assert "Coefficients over training" not in page.text and "Masks " not in page.text
+    assert "Missing here" not in page.text
+
+
 def test_nan_does_not_reach_the_json(write_run, tmp_path):
     run = write_run(tmp_path / "a")
     history = json.loads((run / "history.json").read_text())
@@ -215,6 +250,13 @@ def test_user_mistakes(write_run, tmp_path):
         ({"mechanism": "masks", "candidates": [{}] * 3}, "3 masks"),
         ({"0": {"mechanism": "lastk", "window": 5}, "1": {"mechanism": "lastk", "window": 9}},
          "last-5 / last-9"),
+        (Favor(64, window=33).to_dict(), "performer M=64 + last 33"),
+        (Favor(norms="constant").to_dict(), "performer M=128"),
+        (Favor(64, learned=True).to_dict(), "kerformer M=64"),
+        (Favor(feature_map="hedgehog", window=1).to_dict(), "hedgehog + last 1"),
+        (Favor(feature_map="taylor", window=33).to_dict(), "based + last 33"),
+        ({"0": Favor(8, "relu").to_dict(), "1": {"mechanism": "lastk", "window": 9}},
+         "relu M=8 / last-9"),
         (None, "student"),
     ],
 )  # fmt: skip

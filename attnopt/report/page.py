@@ -26,6 +26,7 @@ def render(runs: Sequence[Run]) -> str:
         tables=summary_tables([(run.label, run.evaluation) for run in runs]),
         missing=[_missing(run, part) for run in runs for part in run.missing()],
         loss=_markup(pictures.loss_curves(runs)),
+        matched=any(run.border() for run in runs),
         validation=_markup(pictures.validation_curves(runs)),
         resources=_markup(pictures.resource_curves(runs)),
         generation=_markup(pictures.generation_curves(runs)),

@@ -13,7 +13,7 @@ MEGABYTE = 1e6
 SMOOTHED_FROM = 60  # values
 
 
-def loss_curves(runs: Sequence[Run]) -> str | None:
+def loss_panels(runs: Sequence[Run]) -> list[Panel]:
     """The terms that training minimized, by step, and their sum where there are several.
 
     Where there are many values they are faint and their moving average lies on top.
@@ -22,16 +22,28 @@ def loss_curves(runs: Sequence[Run]) -> str | None:
     shown = {k: t for k, t in terms.items() if any(run.weight(k) for run in runs)}
     if len(shown) != 1:
         shown = {"loss": "total loss", **shown}
+    if any(run.border() for run in runs):
+        shown = {"match": "error of attention, before the KL", **shown}
     panels = []
     for key, title in shown.items():
         lines = []
-        for line in _lines(runs, key):
+        for run, line in _with_run(runs, key):
+            if key == "loss":  # that of the matching stage is in the panel of "match"
+                first = sum(step <= run.border() for step in line.x)
+                line = replace(line, x=line.x[first:], y=line.y[first:])
             if len(line.y) >= SMOOTHED_FROM:
                 lines.append(replace(line, faint=True))
                 line = replace(line, y=smooth(line.y))
-            lines.append(line)
+            if len(line.y):
+                lines.append(line)
         if lines:
             panels.append(Panel(title, "step", lines))
+    return panels
+
+
+def loss_curves(runs: Sequence[Run]) -> str | None:
+    """The picture of `loss_panels`."""
+    panels = loss_panels(runs)
     return svg(line_panels(panels), "training loss by step") if panels else None
 
 
@@ -51,7 +63,8 @@ def validation_panels(runs: Sequence[Run]) -> list[Panel]:
                 ends = [span[0], span[-1]]
                 lines.append(Line("teacher", TEACHER, ends, [value, value], dashed=True))
         if lines:
-            panels.append(Panel(title, "step", lines, from_zero=key == "eval_kl"))
+            borders = [(run.border(), color_of(i)) for i, run in enumerate(runs) if run.border()]
+            panels.append(Panel(title, "step", lines, from_zero=key == "eval_kl", borders=borders))
     return panels
 
 
@@ -118,6 +131,8 @@ def coefficient_curves(run: Run) -> list[str]:
         return []
     groups: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for layer, named in records[0]["layers"].items():
+        if not named:
+            continue
         names = tuple(label for name in named for label in labels[layer][name])
         values = [
             np.concatenate([np.atleast_2d(r["layers"][layer][name]) for name in named], axis=-1)

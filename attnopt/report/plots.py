@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: its title, axis names and curves."""
+    """One pair of axes: its title, axis names and curves; `borders` are x dotted in a color."""
 
     title: str
     x_label: str
@@ -43,6 +43,7 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     from_zero: bool = False
+    borders: Sequence[tuple[float, str]] = ()
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -74,6 +75,8 @@ def line_panels(panels: Sequence[Panel]) -> Figure:
                 alpha=0.25 if line.faint else 1.0,
                 linewidth=1.0 if line.faint or line.dashed else 1.8,
             )
+        for x, color in panel.borders:
+            axes.axvline(x, color=color, linestyle=":", linewidth=1.0)
         if panel.log_x:
             axes.set_xscale("log", base=2)
             ticks = sorted({x for line in panel.lines for x in line.x})

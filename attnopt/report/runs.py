@@ -42,6 +42,10 @@ class Run:
         """Weight of a term of the loss: kl, ce or l1."""
         return (self.about.get("training") or {}).get(f"{term}_weight", 0.0)
 
+    def border(self) -> int:
+        """Steps of the matching stage, 0 without one."""
+        return (self.about.get("training") or {}).get("match_steps", 0)
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one column of the history, where the run recorded a number."""
         rows = (self.history or {}).get("rows", [])
@@ -92,7 +96,7 @@ def label_of(folder: Path) -> str:
 
 
 def describe(attention: Mapping[str, Any] | None) -> str:
-    """A short name for an attention config: "last-5", "last-32 + 4 sinks", "5 masks"."""
+    """A short name for an attention config: "last-5", "performer M=64 + last 33", "5 masks"."""
     if not attention:
         return "student"
     if "mechanism" not in attention:  # one config per layer
@@ -105,7 +109,17 @@ def describe(attention: Mapping[str, Any] | None) -> str:
         return f"last-{attention['window']}{extra}{per_head}"
     if attention["mechanism"] == "masks":
         return f"{len(attention['candidates'])} masks{per_head}"
-    return str(attention["mechanism"])
+    return _describe_features(attention) if "feature_map" in attention else attention["mechanism"]
+
+
+def _describe_features(attention: Mapping[str, Any]) -> str:
+    name = attention["feature_map"]
+    name = {"favor": "performer", "taylor": "based"}.get(name, name)
+    if name == "performer" and attention.get("learned"):
+        name = "kerformer"
+    features, window = attention.get("num_features"), attention.get("window")
+    count = f" M={features}" if features else ""
+    return f"{name}{count}{f' + last {window}' if window else ''}"
 
 
 def _is_number(value: Any) -> bool:

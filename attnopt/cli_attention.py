@@ -1,0 +1,178 @@
+"""Options of the command line that choose an attention mechanism, and the config they make."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from attnopt.errors import UserError
+
+if TYPE_CHECKING:
+    from attnopt.config import Candidate, Config
+
+PANEL = "Attention"
+# What BASED pairs its Taylor features with (Arora et al. 2024): one exact block and its past.
+BASED_WINDOW = 33
+
+AttentionName = Literal["lastk", "masks", "performer", "kerformer", "hedgehog", "based"]
+Attention = Annotated[
+    AttentionName,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="Mechanism: last tokens, mixed masks; or linear, through random features (performer), "
+        "learned ones (kerformer, hedgehog) or a Taylor series (based).",
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="Tokens seen (lastk), or seen exactly beside the features.",
+        show_default="lastk 5, based 33, else 0",
+    ),
+]
+Sinks = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=PANEL, help="lastk: sinks kept.", show_default="0"),
+]
+Mask = Annotated[
+    list[str] | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="masks: a candidate, nth:N, window:N, first:N or every; repeat for more.",
+        show_default="nth:0 to nth:4",
+    ),
+]
+PerHead = Annotated[
+    bool,
+    typer.Option("--per-head", rich_help_panel=PANEL, help="lastk, masks: weights for every head."),
+]
+Init = Annotated[
+    Literal["zeros", "random"] | None,
+    typer.Option(rich_help_panel=PANEL, help="lastk, masks: of the weights.", show_default="zeros"),
+]
+Features = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="performer, kerformer, hedgehog: features of a head.",
+        show_default="128; hedgehog twice the head's width",
+    ),
+]
+WindowBlock = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="The window beside features starts at multiples of so many tokens.",
+        show_default="32",
+    ),
+]
+Stabilizer = Annotated[
+    Literal["running", "static"] | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="Of the features: running is precise, static causal bit for bit.",
+        show_default="running",
+    ),
+]
+Norms = Annotated[
+    Literal["chi", "constant"] | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="performer, kerformer: of the random rows; chi has no bias, constant less variance.",
+        show_default="chi",
+    ),
+]
+RedrawEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        rich_help_panel=PANEL,
+        help="performer: draw the features anew after so many steps.",
+        show_default="never",
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=PANEL, help="Those to convert, as 0,2,6-11.", show_default="all"),
+]
+
+_FLAGS = {
+    "lastk": ("window", "sinks", "per_head", "init"),
+    "masks": ("mask", "per_head", "init"),
+    "performer": ("features", "window", "window_block", "stabilizer", "norms", "redraw_every"),
+    "kerformer": ("features", "window", "window_block", "stabilizer", "norms"),
+    "hedgehog": ("features", "window", "window_block", "stabilizer"),
+    "based": ("window", "window_block"),
+}
+
+
+def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
+    """Return the config that the options ask for.
+
+    Args:
+        attention: value of --attention.
+        options: the others by name; None, False or empty where not given.
+
+    Raises:
+        UserError: an option that means nothing to this mechanism.
+        ValueError: a value that the config refuses.
+    """
+    from attnopt.config import Favor, LastK, Masks
+
+    given = {k: v for k, v in options.items() if v is not None and v is not False and v != []}
+    known = _FLAGS[attention]
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{_flag(name)} has no meaning with --attention {attention}, which takes "
+                f"{' and '.join(_flag(k) for k in known)}"
+            )
+    given.pop("redraw_every", None)  # of the training
+    if attention == "lastk":
+        return LastK(**given)
+    if attention == "masks":
+        masks = given.pop("mask", None)
+        if masks:
+            given["candidates"] = tuple(_candidate(mask) for mask in masks)
+        return Masks(**given)
+    if "features" in given:
+        given["num_features"] = given.pop("features")
+    if attention == "based":
+        return Favor(feature_map="taylor", **{"window": BASED_WINDOW, **given})
+    if "window_block" in given and not given.get("window"):
+        raise UserError("--window-block has no meaning without --window")
+    if attention == "hedgehog":
+        return Favor(feature_map="hedgehog", **given)
+    return Favor(feature_map="favor", learned=attention == "kerformer", **given)
+
+
+def layer_indices(text: str) -> list[int]:
+    """Return the layers that --layers names.
+
+    Raises:
+        UserError: anything but numbers and ranges.
+    """
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"--layers takes numbers and ranges such as 0,2,6-11; got {text!r}")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _candidate(text: str) -> "Candidate":
+    from attnopt.config import Every, First, NthLast, Window
+
+    kinds: dict[str, Callable[[int], Any]] = {"nth": NthLast, "window": Window, "first": First}
+    kind, _, number = text.partition(":")
+    if text == "every":
+        return Every()
+    if kind not in kinds or not number.isdecimal():
+        raise UserError(f"--mask takes nth:N, window:N, first:N or every; got {text!r}")
+    return kinds[kind](int(number))
