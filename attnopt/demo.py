@@ -53,9 +53,10 @@ class Step:
     @property
     def total(self) -> int | None:
         """Optimizer steps of a training command, None for the others."""
-        if "--steps" not in self.arguments:
+        flags = [f for f in ("--match-steps", "--steps") if f in self.arguments]
+        if not flags:
             return None
-        return int(self.arguments[self.arguments.index("--steps") + 1])
+        return sum(int(self.arguments[self.arguments.index(flag) + 1]) for flag in flags)
 
     def done(self) -> tuple[int, str]:
         """Optimizer steps done so far, and a note on the loss."""

@@ -22,7 +22,15 @@ TEACHER = [
     *("--steps", "1600", "--batch-size", "4", "--learning-rate", "2e-3"),
     *_fast_bfloat16(),
 ]
-_DISTILL = ["--data", "demo", "--steps", "300", "--batch-size", "4", *_fast_bfloat16()]
+_COMMON = ["--data", "demo", "--batch-size", "4", *_fast_bfloat16()]
+_DISTILL = [*_COMMON, "--steps", "300"]
+# Attention first, layer by layer; from there the KL needs only a small learning rate.
+_MATCH_AND_DISTILL = [
+    *_COMMON,
+    *("--match-steps", "150", "--match-learning-rate", "2e-3"),
+    *("--steps", "150", "--learning-rate", "2e-4"),
+]
+_WINDOW = ["--window", "33", "--window-block", "32"]
 # Coefficients learn faster than weights, or 300 steps would not move them visibly.
 STUDENTS = {
     "last-5": [
@@ -34,4 +42,14 @@ STUDENTS = {
         *("--window", "32", "--sinks", "4"),
         *("--learning-rate", "3e-4", "--coefficient-learning-rate", "3e-2"),
     ],
+    "performer": [
+        *_MATCH_AND_DISTILL,
+        *("--attention", "performer", "--features", "64", "--norms", "constant", *_WINDOW),
+    ],
+    "hedgehog": [*_MATCH_AND_DISTILL, "--attention", "hedgehog", *_WINDOW],
+    "kerformer": [
+        *_MATCH_AND_DISTILL,
+        *("--attention", "kerformer", "--features", "64", "--norms", "constant", *_WINDOW),
+    ],
+    "based": [*_MATCH_AND_DISTILL, "--attention", "based", *_WINDOW],
 }

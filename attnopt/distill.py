@@ -22,6 +22,7 @@ from attnopt.runs import (
     finish_distributed,
     load_model,
     load_tokenizer,
+    save_start,
     train,
     training_settings,
     versions,
@@ -80,7 +81,8 @@ def distill(
 
     Gates between a window and features start where `attnopt.calibrate` puts them on a few training
     sequences. Dropout is 0 in the student: its noise would be part of what the teacher is to
-    explain. The folder gets run.json, history.json, masks.json, checkpoints/ and student/.
+    explain. The folder gets run.json, history.json, masks.json, start/ (the mechanisms before
+    training), checkpoints/ and student/.
 
     Raises UserError for what the user can mend, before training where that is possible.
     """
@@ -116,6 +118,8 @@ def distill(
     if trainer.is_world_process_zero():
         write_json(output / "run.json", about)
     _calibrate(student, trainer.train_dataset, args.seed)
+    if trainer.is_world_process_zero():
+        save_start(student, output / "start")
     train(trainer, resume)
     if trainer.is_world_process_zero():
         write_folder(output / "student", lambda folder: trainer.save_model(str(folder)))

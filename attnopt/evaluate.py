@@ -25,7 +25,7 @@ from attnopt.data import Split, collate, is_file, load_blocks
 from attnopt.errors import UserError
 from attnopt.losses import head_input
 from attnopt.metrics import row_metrics, summarize
-from attnopt.runs import check_fits, load_model, load_tokenizer
+from attnopt.runs import check_fits, load_model, load_tokenizer, restore_start
 
 # Below this the teacher does not use attention enough to conclude anything from its students.
 MINIMUM_SELF_ONLY_KL = 0.5
@@ -113,8 +113,11 @@ def evaluate(
         seed=seed,
         max_tokens=max_tokens,
     )
+    start = run / "start"
     torch.manual_seed(about.get("training", {}).get("seed", seed))
-    result = evaluate_models(source, model, blocks, batch_size=batch_size)
+    result = evaluate_models(
+        source, model, blocks, start=start if start.is_dir() else None, batch_size=batch_size
+    )
     result = {"data": data, "split": split, **result}
     if about:
         write_json(run / "evaluation.json", result)
@@ -122,18 +125,29 @@ def evaluate(
 
 
 def evaluate_models(
-    teacher: PreTrainedModel, student: PreTrainedModel, blocks: Dataset, *, batch_size: int = 8
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    blocks: Dataset,
+    *,
+    start: Path | None = None,
+    batch_size: int = 8,
 ) -> dict[str, Any]:
     """Compare loaded models: the body of evaluation.json, with both controls.
+
+    start: a run's folder with the mechanisms as they were before training; by default they are
+    made anew from the student's configs.
 
     Raises UserError for a student that is not converted.
     """
     configs = {index: mechanism.config for index, mechanism in mechanisms(student).items()}
     if not configs:
         raise UserError("the student is not a converted model: nothing to compare")
+    zero_shot = convert(copy.deepcopy(teacher), configs)
+    if start is not None:
+        restore_start(zero_shot, start)
     models = {
         "teacher": teacher,
-        "zero-shot": convert(copy.deepcopy(teacher), configs),
+        "zero-shot": zero_shot,
         "student": student,
         "self-only": convert(copy.deepcopy(teacher), LastK(window=1)),
     }

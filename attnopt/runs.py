@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,11 +16,18 @@ from transformers import (
 
 import attnopt
 import attnopt.convert.families  # noqa: F401  registers the converted models with AutoModel
-from attnopt.checkpoints import check_model_folder, newest_complete
+from attnopt.checkpoints import (
+    WRITE_ERRORS,
+    check_model_folder,
+    newest_complete,
+    write_folder,
+)
+from attnopt.convert import mechanisms
 from attnopt.errors import UserError
 from attnopt.hub import one_line, why_unreachable
 from attnopt.trainer import DistillationArguments, DistillationTrainer
 
+_START = "mechanisms.safetensors"
 _VERSIONED = ("torch", "transformers", "datasets", "triton")
 _SETTINGS = (
     "kl_weight",
@@ -99,6 +107,30 @@ def train(trainer: DistillationTrainer, resume: bool) -> None:
     evaluated = [log["step"] for log in trainer.state.log_history if "eval_ce" in log]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
+
+
+def save_start(model: PreTrainedModel, folder: Path) -> None:
+    """Keep what the mechanisms of a converted model are before training, in a folder."""
+    state = {
+        f"{index}.{name}": value.contiguous()
+        for index, mechanism in mechanisms(model).items()
+        for name, value in mechanism.state_dict().items()
+    }
+    write_folder(folder, lambda path: save_file(state, path / _START))
+
+
+def restore_start(model: PreTrainedModel, folder: Path) -> None:
+    """Put back what `save_start` kept, into a model converted in the same way.
+
+    Raises UserError for a folder that cannot be read, or belongs to another kind of model.
+    """
+    try:
+        state = load_file(folder / _START)
+        for index, mechanism in mechanisms(model).items():
+            own = {name: state[f"{index}.{name}"] for name in mechanism.state_dict()}
+            mechanism.load_state_dict(own)
+    except (*WRITE_ERRORS, KeyError) as error:
+        raise UserError(f"cannot read the start of the run, {folder}: {error}") from error
 
 
 def finish_distributed() -> None:

@@ -8,7 +8,7 @@ import torch
 from squares import write_squares
 from transformers import DynamicCache
 
-from attnopt import LastK, UserError, convert
+from attnopt import Favor, LastK, UserError, convert
 from attnopt.data import load_blocks
 from attnopt.demo_text import byte_tokenizer
 from attnopt.distill import distill
@@ -198,3 +198,17 @@ def test_teacher_and_student_side_by_side(teacher, tmp_path):
     assert [sample["prompt"] for sample in got["samples"]] == prompts
     timed = [(row["model"], row["new_tokens"]) for row in got["timing"]]
     assert timed == [("teacher", 16), ("student", 16)]
+
+
+def test_zero_shot_has_the_features_that_training_began_with(teacher, text, tmp_path):
+    teacher.save_pretrained(tmp_path / "teacher")
+    BYTES.save_pretrained(tmp_path / "teacher")
+    config = Favor(num_features=4, feature_map="exp", window=2, window_block=4)
+    options = {"learning_rate": 0.0, "disable_tqdm": True, "max_eval_tokens": 48}
+    run = distill(tmp_path / "teacher", config, text, tmp_path / "run", max_steps=1, **options)
+    torch.manual_seed(1)
+    numbers = evaluate(run)["models"]
+    assert numbers["zero-shot"]["kl"] == numbers["student"]["kl"] > 0
+    (run / "start" / "mechanisms.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot read the start of the run"):
+        evaluate(run)
