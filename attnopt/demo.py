@@ -1,4 +1,4 @@
-"""The demonstration: a teacher trained here, two students in its place, one report on all.
+"""The demonstration: a teacher trained here, students in its place, one report on all.
 
 Every step is one of the commands that a user would type, in a process of its own with one thread;
 the students' steps run side by side where there are two cores. The teacher is kept in the user's

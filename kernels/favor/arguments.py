@@ -121,11 +121,12 @@ def check_state(state: FavorState, q: Tensor, k: Tensor, num_features: int, wind
         if list(x.shape) != shape or x.dtype != dtype or x.device != q.device:
             raise ValueError(f"initial_state.{name} must be {dtype} {shape} on {q.device}; "
                              f"got {x.dtype} {list(x.shape)} on {x.device}")
-    if (state.keys is None) != (window == 0):
-        held = "none" if state.keys is None else "some"
-        raise ValueError(f"initial_state must hold recent tokens if and only if there is a window;"
-                         f" got window={window} and {held}")
-    if state.keys is None or state.values is None or state.key_mask is None:
+    ring = state.keys, state.values, state.key_mask
+    held = sum(part is not None for part in ring)
+    if held != (3 if window else 0):
+        raise ValueError("initial_state must hold keys, values and key_mask of recent tokens with "
+                         f"a window, and none without; got window={window} and {held} of them")
+    if state.keys is None or state.key_mask is None:
         return
     R = state.keys.shape[2] if state.keys.dim() == 4 else 0
     for name, shape in (("keys", [B, k.shape[1], R, D]), ("values", [B, k.shape[1], R, D])):
@@ -133,6 +134,7 @@ def check_state(state: FavorState, q: Tensor, k: Tensor, num_features: int, wind
         if list(x.shape) != shape or x.dtype != k.dtype or x.device != k.device:
             raise ValueError(f"initial_state.{name} must be {k.dtype} {shape} on {k.device}; "
                              f"got {x.dtype} {list(x.shape)} on {x.device}")
-    if list(state.key_mask.shape) != [B, R] or state.key_mask.dtype != torch.bool:
-        raise ValueError(f"initial_state.key_mask must be bool [{B}, {R}]; got "
-                         f"{state.key_mask.dtype} {list(state.key_mask.shape)}")
+    mask = state.key_mask
+    if list(mask.shape) != [B, R] or mask.dtype != torch.bool or mask.device != k.device:
+        raise ValueError(f"initial_state.key_mask must be bool [{B}, {R}] on {k.device}; got "
+                         f"{mask.dtype} {list(mask.shape)} on {mask.device}")

@@ -23,6 +23,8 @@ dim, E = D + 1, M features, W window, b window block, n chunks of a run, L = del
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,7 +115,7 @@ def forward_in_chunks(
         lse -= (p.features.center + p.features.headroom * p.features.is_log).view(p.B, p.H, 1, 1)
     return (
         p.restored(out, q), p.restored(lse.squeeze(-1), total[:, :, : q.shape[2], 0]),
-        sums[..., :-1].contiguous(), sums[..., -1].contiguous(), next_scale.view(z.shape),
+        sums[..., :-1].clone(), sums[..., -1].clone(), next_scale.view(z.shape),
         seg_s, seg_z, seg_r, p.restored(total.squeeze(-1), total[:, :, : q.shape[2], 0]),
     )
 
@@ -214,7 +216,7 @@ def favor_backward(
     return (
         p.restored(dq, q), p.restored(dk, k), p.restored(dv, v),
         p.features.projection_gradient(p.B), dgate.view(p.B, p.H).sum(0).to(p.dtype),
-        carry[..., :-1].contiguous(), carry[..., -1].contiguous(),
+        carry[..., :-1].clone(), carry[..., -1].clone(),
     )
 
 
@@ -224,8 +226,10 @@ class RunBackward:
     def __init__(self, p: Problem, run: Run, keys: Keys, upstream: tuple[Tensor, ...]) -> None:
         self.p, self.run, self.keys = p, run, keys
         self.n = run.t1 - run.t0
-        self.dq: Tensor | None = None
-        self.dk: Tensor | None = None
+        self.dq: Any = None  # tensors, from the first write on
+        self.dk: Any = None
+        self.dv: Any = None
+        self.dgate: Tensor | float = 0.0
         if p.window is not None:
             self.dk, self.dv = torch.zeros_like(keys.x), torch.zeros_like(keys.x)
         if run.queries:
@@ -254,7 +258,9 @@ class RunBackward:
         run = self.run
         added = dpairs = None
         if run.queries:
-            far = self.h if p.window is None else self.h * self.queries.factor
+            far = self.h
+            if self.queries.factor is not None:
+                far = far * self.queries.factor
             added, dpairs = self.far_queries(far)
         if not run.keys:
             if added is not None:
@@ -273,6 +279,7 @@ class RunBackward:
         dlogits = torch.bmm(h, flat(keys.before).transpose(1, 2))
         dpairs = None
         if queries.pairs is not None:
+            assert p.far is not None and keys.pk is not None
             values = p.chunked(keys.v, self.n)
             dpairs = torch.bmm(h, values.transpose(1, 2)).view_as(queries.pairs).mul_(p.far)
             dpairs = flat(dpairs)
@@ -286,8 +293,6 @@ class RunBackward:
         self.dq = p.features.backward(
             queries.x, queries.phi, dlogits, normalized=p.features.normalize_queries, out=self.dq
         )
-        if p.window is None:
-            self.dgate = 0
         added = torch.bmm(pq.transpose(1, 2), h)
         return added.view(p.X, keys.chunks, *added.shape[1:]), dpairs
 
@@ -361,6 +366,7 @@ def scan_back(added: Tensor | None, carry: Tensor, decay: Tensor | None, shape: 
         if added is None and decay is None:
             target.copy_(states[:, t])
         elif added is None:
+            assert decay is not None
             torch.mul(states[:, t], decay[:, t, :, None], out=target)
         elif decay is None:
             torch.add(added[:, t], states[:, t], out=target)

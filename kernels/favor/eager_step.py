@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.favor.eager_features import EMPTY, LOG_MAPS, RELU_FLOOR, limits, monomials
+from attnopt.kernels.rows import first_real_token
 
 MAX_FAR = 128  # more tokens to be summed up at once are the business of the chunked path
 
@@ -103,7 +104,7 @@ def _far_masks(key_mask: Tensor | None, Nk: int, F: int, window: int, block: int
             (j < max(0, Nk - window) // block * block).view(1, 1, 1, F),
             (j < max(0, Nk + 1 - window) // block * block).view(1, 1, 1, F),
         )
-    start = key_mask.int().cumsum(1).eq(0).sum(1, keepdim=True)  # [B, 1]
+    start = first_real_token(key_mask)[:, None]  # [B, 1]
     seen, summed = (
         key_mask[:, :F] & (j < start + (next_token - start - window + 1).clamp(min=0)
                            // block * block)
@@ -118,9 +119,9 @@ def _hidden_near(key_mask: Tensor | None, Nk: int, window: int, block: int,
     if key_mask is None:
         first = max(0, Nk - window) // block * block
         return None if first == 0 else torch.arange(Nk, device=device) < first
-    start = key_mask.int().cumsum(1).eq(0).sum(1, keepdim=True)
-    first = start + (Nk - start - window).clamp(min=0) // block * block
-    return (~key_mask | (torch.arange(Nk, device=device) < first))[:, None, None]
+    start = first_real_token(key_mask)[:, None]
+    begin = start + (Nk - start - window).clamp(min=0) // block * block
+    return (~key_mask | (torch.arange(Nk, device=device) < begin))[:, None, None]
 
 
 def _logits(query: Tensor, keys: Tensor, projection: Tensor, log_scale: Tensor, feature_map: str,

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attnopt.kernels.rows import first_real_token
+
 
 class Window:
     """Scores, values and gradients inside the window of a run of chunks."""
@@ -83,8 +85,7 @@ class Window:
 
 def block_shift(key_mask: Tensor, block: int) -> Tensor:
     """How far each row must move, `[B]`, for its first real token to begin a block."""
-    start = key_mask.int().cumsum(1).eq(0).sum(1)
-    return (-start) % block
+    return (-first_real_token(key_mask)) % block
 
 
 def shift_rows(x: Tensor, shift: Tensor, extra: int) -> Tensor:

@@ -24,6 +24,7 @@ from attnopt.kernels.favor.plan import MAX_FEATURES
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.kernels.favor.state import EMPTY, FavorState, cut_ring, join_ring
 from attnopt.kernels.interpreter import repair_bfloat16
+from attnopt.kernels.rows import first_real_token
 
 __all__ = ["FEATURE_MAPS", "FavorState", "empty_state", "favor_attention", "favor_decode"]
 
@@ -87,7 +88,8 @@ def favor_attention(
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `q` (under autocast, in its dtype), and with
-        `return_state` a pair of that and a `FavorState`. A row that sees no key is zero.
+        `return_state` a pair of that and a `FavorState`. A row that sees no key is zero, and with
+        a window so is padding before the first real token, whatever the state.
         Gradients flow to q, k, v, projection, log_gate and the state's sums and tokens; second
         derivatives only with backend="reference".
 
@@ -110,6 +112,10 @@ def favor_attention(
         k, v, key_mask = join_ring(state, k, v, key_mask)
     run = _reference if backend == "reference" else _fused
     out, sums = run(q, k, v, projection, log_gate, key_mask, state, options, backend)
+    if window and state is not None and key_mask is not None:  # not even the state is seen
+        position = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=k.device)
+        before = position < first_real_token(key_mask)[:, None]  # [B, Nq]
+        out = out.masked_fill(before[:, None, :, None], 0.0)
     if not return_state:
         return out
     ring = cut_ring(k, v, key_mask, window, window_block) if window else (None, None, None)
@@ -172,17 +178,24 @@ def empty_state(
         A state of zeros, with an empty ring where there is a window.
 
     Raises:
-        ValueError: a feature map that is not one of `FEATURE_MAPS`.
+        ValueError: an unknown feature map, or a projection that does not fit.
     """
-    check_options(q, feature_map, window, 1, True, None, "running")
-    B, H, _, D = q.shape
-    M = count_features(projection, q, feature_map)
-    kv = q.new_zeros(B, H, M, D, dtype=torch.promote_types(q.dtype, torch.float32))
-    sums = kv, kv.new_zeros(B, H, M), kv.new_full((B, H, M), EMPTY)
+    q, k = harmonize_autocast(q, k)
+    options = check_options(q, feature_map, window, 1, True, None, "running")
+    check_features(q, projection, None, options)
+    sums = _empty_sums(q, count_features(projection, q, feature_map))
     if not window:
         return FavorState(*sums)
     none = k[:, :, :0]
-    return FavorState(*sums, none, none, none.new_ones(B, 0, dtype=torch.bool))
+    return FavorState(*sums, none, none, none.new_ones(k.shape[0], 0, dtype=torch.bool))
+
+
+def _empty_sums(q: Tensor, num_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """kv, z and log_scale before the first token."""
+    B, H, _, D = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    z = q.new_zeros(B, H, num_features, dtype=dtype)
+    return z.new_zeros(*z.shape, D), z, torch.full_like(z, EMPTY)
 
 
 def _choose_backend(backend: str, q: Tensor, feature_map: str, num_features: int) -> str:
@@ -203,13 +216,14 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, projection: Tensor, log_gate: Tensor,
     key_mask: Tensor | None, state: FavorState | None, options: Options, backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    return favor_reference(
+    pair: Any = favor_reference(
         q, k, v, None if options.feature_map == "taylor" else projection,
         feature_map=options.feature_map, window=options.window,
         window_block=options.window_block, log_gate=log_gate if options.window else None,
         causal=options.causal, key_mask=key_mask, scale=options.scale,
         initial_state=None if state is None else state[:3], return_state=True,
     )
+    return pair
 
 
 def _fused(
@@ -217,10 +231,11 @@ def _fused(
     key_mask: Tensor | None, state: FavorState | None, options: Options, backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     if state is None:
-        state = empty_state(q, k, projection, feature_map=options.feature_map)
+        initial = _empty_sums(q, count_features(projection, q, options.feature_map))
+    else:
+        initial = state[:3]
     out, _, *sums = torch.ops.attnopt.favor_forward(
-        q, k, v, projection, log_gate, key_mask, state.kv, state.z, state.log_scale,
-        *options, backend,
+        q, k, v, projection, log_gate, key_mask, *initial, *options, backend,
     )[:5]
     return out, tuple(sums)
 

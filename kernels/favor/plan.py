@@ -69,7 +69,7 @@ def make_plan(
     blocks = -(-Nk // block)
     lag = split = 0
     if window:
-        lag, split = divmod(window - 1, block)
+        lag, split = (window - 1) // block, (window - 1) % block  # divmod takes no SymInt
         lag, split = (lag + 1, split) if split else (lag, block)
     segments = _segments(q, B * H, Nk, num_features)
     run = -(-blocks // segments)

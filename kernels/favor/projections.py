@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,9 @@ def orthogonal_projection(
     source = "cpu" if generator is None else generator.device
     blocks = -(-num_features // head_dim)
     shape = (heads or 1, blocks, head_dim, head_dim)
-    gaussian = {"generator": generator, "dtype": torch.float64, "device": source}
+    gaussian: dict[str, Any] = {
+        "generator": generator, "dtype": torch.float64, "device": source
+    }
     q, r = torch.linalg.qr(torch.randn(shape, **gaussian))
     # the signs of R's diagonal make Q uniform over all rotations
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -9,10 +9,12 @@ of a probability), delta = rowsum(dO O):
 
 and the softmax gradient of the pairs in the window. Four launches:
 
-    favor_query_kernel    (triton_queries.py) walks a segment as forward does: dq, delta, and dW, dgate of its queries
-    favor_adjoint_kernel  (triton_keys.py) sums T and u over the queries whose blocks meet a segment of keys last
-    favor_suffix_kernel   (triton_scan.py) turns these into T and u behind each segment
-    favor_key_kernel      (triton_keys.py) walks a segment of keys backwards: dk, dv, and dW of its keys
+    favor_query_kernel    walks a segment as forward does: dq, delta, partial dW and dgate
+    favor_adjoint_kernel  sums T and u over the queries that meet a segment's keys last
+    favor_suffix_kernel   turns these into T and u behind each segment
+    favor_key_kernel      walks a segment of keys backwards: dk, dv and partial dW
+
+The first is in triton_queries.py, the third in triton_scan.py, the others in triton_keys.py.
 
 T and u are relative to the reference r of the block of keys they meet next, which only falls on the
 way back: T shrinks by 2^{r' - r} and never overflows. Letters as in triton_forward.py.
@@ -44,8 +46,8 @@ def favor_backward(
     M = projection.shape[1]
     plan = make_plan(q, k, M, window=window, window_block=window_block, causal=causal)
     fp32 = {"dtype": torch.float32, "device": q.device}
-    # no program visits what lies before a row's first real token
-    new = torch.empty_like if key_mask is None else torch.zeros_like
+    # with a window no program visits what lies before a row's first real token
+    new = torch.zeros_like if window and key_mask is not None else torch.empty_like
     dq, dk, dv = new(q), new(k), new(v)
     if H != Hkv:  # a program per query head: their sum comes after
         dk, dv = (new(x.new_empty(B, H, Nk, D, dtype=torch.float32)) for x in (k, v))
@@ -53,13 +55,12 @@ def favor_backward(
     parts = torch.empty(2 if projection_grad else 0, B, H, plan.segments, M, D, **fp32)
     dw_q, dw_k = parts if projection_grad else (lse, lse)  # never read
     dgate = torch.empty(B, H, plan.segments, **fp32)
-    shared = shared_arguments(q, k, v, projection, key_mask, plan, feature_map, stabilizer, scale)
+    shared = shared_arguments(q, k, v, projection, key_mask, plan, feature_map, window, causal,
+                              stabilizer, scale)
     shared |= {
         "gate_ptr": base2_gate(log_gate, M, feature_map), "do_ptr": grad, "lse_ptr": lse,
         "delta_ptr": delta, "block_r_ptr": block_r, "do_strides": grad.stride(),
-        "dk_strides": dk.stride(), "dv_strides": dv.stride(), "CAUSAL": causal,
-        "NEAR": window > 0, "SPLIT": causal and plan.split < plan.block,
-        "LEARNED": projection_grad,
+        "dk_strides": dk.stride(), "dv_strides": dv.stride(), "LEARNED": projection_grad,
     }
     grid = (plan.segments * B * H,)
     favor_query_kernel[grid](

@@ -66,13 +66,14 @@ def query_logits(q, w, gate, scale, M, FEATURES: tl.constexpr, NEAR: tl.constexp
 
 @triton.jit
 def key_logits(k, w, scale, M, FEATURES: tl.constexpr, PRECISION: tl.constexpr):
-    """lk transposed, `[F, C]`; rows beyond M are finite and meet queries of weight 0."""
+    """lk transposed, `[F, C]`; rows beyond M meet queries of weight 0, so they must be finite."""
     logits = tl.dot(w, tl.trans(k), input_precision=PRECISION) * (tl.sqrt(scale) * LOG2E)
     if FEATURES == "favor":
         logits -= (tl.sum(k.to(tl.float32) * k, 1) * (scale * 0.5 * LOG2E))[None, :]
     elif FEATURES == "hedgehog":
         real = (tl.arange(0, w.shape[0]) < M)[:, None]
         logits -= log_sum_exp(tl.where(real, logits, float("-inf")), 0)[None, :]
+        logits = tl.where(real, logits, EMPTY)
     return logits
 
 
@@ -95,8 +96,8 @@ def advance_reference(r, logits, real, STATIC: tl.constexpr):
 
 @triton.jit
 def key_features(logits, r, real):
-    """`phi(k) 2^-r` `[F, C]`, 0 where the key is not real."""
-    shifted = tl.maximum(logits - r[:, None], -CLAMP)
+    """`phi(k) 2^-r` `[F, C]`, 0 where the key is not real; a static r may lie too low."""
+    shifted = tl.minimum(tl.maximum(logits - r[:, None], -CLAMP), HEADROOM)
     return tl.where(real[None, :], tl.exp2(shifted), 0.0)
 
 

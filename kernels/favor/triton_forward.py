@@ -94,15 +94,15 @@ def favor_states_kernel(
     k_strides, v_strides, mask_strides,
     H, G, Nk, M, segments, run, blocks, lag, split, block, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
-    FEATURES: tl.constexpr, STATIC: tl.constexpr, HAS_MASK: tl.constexpr, RELOAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FEATURES: tl.constexpr, STATIC: tl.constexpr, NEAR: tl.constexpr, HAS_MASK: tl.constexpr,
+    RELOAD: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """State of the keys that enter during one segment of one head."""
     segment, head = tl.program_id(0) % segments, tl.program_id(0) // segments
     b, h = head // H, head % H
     k_ptr += b.to(tl.int64) * k_strides[0] + (h // G).to(tl.int64) * k_strides[1]
     v_ptr += b.to(tl.int64) * v_strides[0] + (h // G).to(tl.int64) * v_strides[1]
-    start = first_token(start_ptr, b, HAS_MASK)
+    start = first_token(start_ptr, b, HAS_MASK & NEAR)
     w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
     state = tl.zeros([F, COLS], tl.float32)
     z = tl.zeros([F], tl.float32)
@@ -173,7 +173,7 @@ def favor_output_kernel(
     lse_ptr += head.to(tl.int64) * Nq
     entries = entry_of(blocks, blocks, lag, CAUSAL) + 1
     block_r_ptr += head.to(tl.int64) * entries * M
-    start = first_token(start_ptr, b, HAS_MASK & CAUSAL)
+    start = first_token(start_ptr, b, HAS_MASK & NEAR)
     w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
     gate = tl.load(gate_ptr + h)
     place = tl.program_id(0).to(tl.int64) * M
@@ -206,9 +206,15 @@ def favor_output_kernel(
             )
             state, z = state * decay[:, None], z * decay
         logits = query_logits(q, w, gate, scale, M, FEATURES, NEAR, PRECISION) + r[None, :]
+        if NEAR:  # features that no key has had must not set the row's scale
+            known = (z > 0)[None, :] & (o >= 0)[:, None]
+            if SPLIT:
+                known = known | ((tl.sum(features, 1) > 0)[None, :] & (o >= split)[:, None])
+            logits = tl.where(known, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        queries = tl.exp2(logits - new_top[:, None]).to(w.dtype)  # [TILE, F]
-        rest = tl.exp2(top - new_top)
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        queries = tl.exp2(logits - pivot[:, None]).to(w.dtype)  # [TILE, F]
+        rest = tl.exp2(top - pivot)
         acc = tl.dot(queries, state.to(w.dtype), acc * rest[:, None], input_precision=PRECISION)
         total = total * rest + tl.sum(queries.to(tl.float32) * z[None, :], 1)
         if SPLIT:
@@ -254,12 +260,13 @@ def warps(plan: Plan, tiles: int = 1) -> dict[str, int]:
 def base2_gate(log_gate: Tensor, num_features: int, feature_map: str) -> Tensor:
     """`log2 c_h` `[H]` fp32: the gate, and for favor the mean over features."""
     mean = num_features if feature_map == "favor" else 1
-    return (log_gate.to(torch.float32) * LOG2E.value - math.log2(mean)).contiguous()
+    gate = log_gate.to(torch.float32) * LOG2E.value
+    return (gate - math.log2(mean)).contiguous()
 
 
 def shared_arguments(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None,
-                     plan: Plan, feature_map: str, stabilizer: str, scale: float
-                     ) -> dict[str, object]:
+                     plan: Plan, feature_map: str, window: int, causal: bool, stabilizer: str,
+                     scale: float) -> dict[str, object]:
     """What most kernels take, by name; each launch picks its own."""
     mask, start, mask_strides = mask_arguments(key_mask, k)
     return {
@@ -271,7 +278,9 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, key_ma
         "blocks": plan.blocks, "lag": plan.lag, "split": plan.split, "block": plan.block,
         "scale": scale, "DIM": q.shape[3], "COLS": plan.cols, "F": plan.features,
         "TILE": plan.tile, "FEATURES": feature_map, "STATIC": stabilizer == "static",
-        "HAS_MASK": key_mask is not None, "RELOAD": plan.reload, "PRECISION": input_precision(q.dtype),
+        "CAUSAL": causal, "NEAR": window > 0, "SPLIT": causal and plan.split < plan.block,
+        "HAS_MASK": key_mask is not None, "RELOAD": plan.reload,
+        "PRECISION": input_precision(q.dtype),
     }
 
 
@@ -289,7 +298,8 @@ def favor_forward(
     B, H, Nq, D = q.shape
     M = projection.shape[1]
     plan = make_plan(q, k, M, window=window, window_block=window_block, causal=causal)
-    shared = shared_arguments(q, k, v, projection, key_mask, plan, feature_map, stabilizer, scale)
+    shared = shared_arguments(q, k, v, projection, key_mask, plan, feature_map, window, causal,
+                              stabilizer, scale)
     fp32 = {"dtype": torch.float32, "device": q.device}
     launch = warps(plan)
     seg_kv = torch.empty(B, H, plan.segments, M, D, **fp32)
@@ -306,10 +316,10 @@ def favor_forward(
         kv0_ptr=kv.contiguous(), z0_ptr=z.contiguous(), log_scale0_ptr=log_scale.contiguous(),
         kv_ptr=own_kv, z_ptr=own_z, r_ptr=own_r,
         seg_kv_ptr=seg_kv, seg_z_ptr=seg_z, seg_r_ptr=seg_r,
-        ROWS=ROWS, CAUSAL=causal, num_warps=4,
+        ROWS=ROWS, num_warps=4,
     )
     out, lse = torch.empty_like(q), torch.empty(B, H, Nq, **fp32)
-    if key_mask is not None:  # no program visits what lies before a row's first real token
+    if window and key_mask is not None:  # nobody visits what lies before the first real token
         out.zero_()
         lse.fill_(float("-inf"))
     block_r = torch.empty(B, H, plan.absorbed + 1 if causal else 1, M, **fp32)
@@ -320,7 +330,6 @@ def favor_forward(
         gate_ptr=base2_gate(log_gate, M, feature_map),
         seg_kv_ptr=seg_kv, seg_z_ptr=seg_z, seg_r_ptr=seg_r, out_ptr=out, lse_ptr=lse,
         block_r_ptr=block_r, kv_ptr=kv1, z_ptr=z1, log_scale_ptr=log_scale1,
-        out_strides=out.stride(), CAUSAL=causal, NEAR=window > 0,
-        SPLIT=causal and plan.split < plan.block, **launch,
+        out_strides=out.stride(), **launch,
     )
     return out, lse, kv1, z1, log_scale1, seg_kv, seg_z, seg_r, block_r

@@ -71,7 +71,7 @@ def favor_adjoint_kernel(
     do_ptr += b.to(tl.int64) * do_strides[0] + h.to(tl.int64) * do_strides[1]
     lse_ptr += head.to(tl.int64) * Nq
     delta_ptr += head.to(tl.int64) * Nq
-    start = first_token(start_ptr, b, HAS_MASK & CAUSAL)
+    start = first_token(start_ptr, b, HAS_MASK & NEAR)
     m = tl.arange(0, F)
     w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
     gate = tl.load(gate_ptr + h)
@@ -144,7 +144,7 @@ def favor_key_kernel(
     lse_ptr += head.to(tl.int64) * Nq
     delta_ptr += head.to(tl.int64) * Nq
     block_r_ptr += head.to(tl.int64) * (entry_of(blocks, blocks, lag, CAUSAL) + 1) * M
-    start = first_token(start_ptr, b, HAS_MASK & CAUSAL)
+    start = first_token(start_ptr, b, HAS_MASK & NEAR)
     w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
     gate = tl.load(gate_ptr + h)
     o, m = tl.arange(0, TILE), tl.arange(0, F)

@@ -71,7 +71,7 @@ def favor_query_kernel(
     dq_ptr += b.to(tl.int64) * dq_strides[0] + h.to(tl.int64) * dq_strides[1]
     lse_ptr += head.to(tl.int64) * Nq
     delta_ptr += head.to(tl.int64) * Nq
-    start = first_token(start_ptr, b, HAS_MASK & CAUSAL)
+    start = first_token(start_ptr, b, HAS_MASK & NEAR)
     w = load_projection(w_ptr + h * M * DIM, M, DIM, COLS, F)
     gate = tl.load(gate_ptr + h)
     place = tl.program_id(0).to(tl.int64) * M
