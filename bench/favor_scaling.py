@@ -5,7 +5,8 @@
 
 Every cell is a fresh process with one thread: causal attention, forward + backward of q, k and v,
 at B=1 H=12 D=64 M=64 in fp32, the least CPU time of several calls, and the peak of resident memory
-above that before the first call. A cell may use up to 16 GiB; beyond, it counts as out of memory.
+above that before the first of them (Linux). A cell may use up to 16 GiB; beyond, it counts as out
+of memory.
 
     favor-0     attnopt.favor_attention, pure features
     favor-33    the same with an exact window of 33 tokens in blocks of 32
@@ -85,9 +86,10 @@ def check(name, n=512):
     return max(float((x - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True))
 
 
-def peak():
-    """Peak of this process's resident memory, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field):
+    """Resident memory of this process, bytes: VmRSS is now, VmHWM the peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure(name, n):
@@ -96,8 +98,8 @@ def measure(name, n):
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     op, tensors = operation(name), inputs(n)
     gradients(op, *(x[:, :, :128] for x in tensors))  # loads what is loaded once
-    before = peak()
-    times = []
+    before, times = resident("VmRSS"), []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     try:
         while len(times) < 3 or sum(times) < SECONDS:
             start = time.process_time()
@@ -105,7 +107,7 @@ def measure(name, n):
             times.append(time.process_time() - start)
     except (RuntimeError, MemoryError) as error:
         return {"error": "out of memory" if "memory" in str(error) else str(error)[:200]}
-    return {"seconds": min(times), "bytes": peak() - before, "calls": len(times)}
+    return {"seconds": min(times), "bytes": resident("VmHWM") - before, "calls": len(times)}
 
 
 def exponent(cells, key):
