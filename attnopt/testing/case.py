@@ -17,11 +17,11 @@ class Case:
 
     Attributes:
         id: `op/phase/dtype-layout-sizes`.
-        op: "lastk", and later mechanisms.
+        op: "lastk" or "favor".
         phase: "fwd", "bwd" (gradients of every input) or "decode" (one step).
         dtype: of q, k and v.
         shape: the sizes by letter: B, H, Hkv, N, D and the mechanism's own.
-        config: what else distinguishes the case: layout, whether a key mask is given.
+        config: what else distinguishes the case: layout, whether a key mask is given, and options.
         make: seed to inputs; the same seed gives the same bits.
         run: inputs to named results, through the public op with `backend="auto"`.
         ref: inputs to the same results by the definition in float64.
@@ -84,10 +84,11 @@ def cases(shapes: Mapping[str, int] | None = None) -> list[Case]:
     Raises:
         ValueError: a letter that no op has.
     """
+    from attnopt.testing.favor import favor_cases
     from attnopt.testing.lastk import lastk_cases
 
     overrides = dict(shapes or {})
-    found = lastk_cases(overrides)
+    found = lastk_cases(overrides) + favor_cases(overrides)
     known = {letter for case in found for letter in case.shape}
     unknown = set(overrides) - known
     if unknown:
