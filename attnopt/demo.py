@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from attnopt import __version__
 from attnopt.checkpoints import prepare_folder
-from attnopt.demo_recipe import STUDENTS, TEACHER
+from attnopt.demo_recipe import EVALUATE, GENERATE, STUDENTS, TEACHER
 from attnopt.errors import UserError
 from attnopt.report import write_report
 from attnopt.report.console import print_comparison
@@ -147,7 +147,11 @@ def run_demo(output: Path, *, retrain: bool = False) -> Path:
         folders = [_fresh(output / "runs" / name) for name in STUDENTS]
         _run([Chain(_train_and_evaluate(folder, teacher), progress) for folder in folders])
         # Timed, so one at a time.
-        timed = [_step("generate", folder, str(folder), "--compare") for folder in folders]
+        timed = [
+            _step("generate", folder, str(folder), "--compare")
+            for folder in folders
+            if folder.name in GENERATE
+        ]
         _run([Chain(timed, progress)])
     page = write_report(folders, output)
     runs = load_runs(folders)
@@ -189,7 +193,10 @@ def _step(command: str, folder: Path, *options: str) -> Step:
 def _train_and_evaluate(folder: Path, teacher: Path) -> list[Step]:
     settings = [*STUDENTS[folder.name], *WHILE_TRAINING]
     distill = ["--model", str(teacher), *settings, "--output", str(folder)]
-    return [_step("distill", folder, *distill), _step("evaluate", folder, str(folder))]
+    return [
+        _step("distill", folder, *distill),
+        _step("evaluate", folder, str(folder), *EVALUATE),
+    ]
 
 
 def _run(chains: Sequence[Chain]) -> None:
