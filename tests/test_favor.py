@@ -11,17 +11,13 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_inputs import BACKENDS, DEVICE, LAYOUTS, MASKS, launching, needs_triton
 from favor_inputs import (
-    BACKENDS,
-    DEVICE,
-    LAYOUTS,
     MAPS,
-    MASKS,
     PAIRS,
     attend,
     define,
     error,
-    launching,
     make_inputs,
     make_options,
     run,
@@ -34,7 +30,6 @@ from attnopt.kernels.favor import empty_state, favor_attention, favor_decode, pl
 from attnopt.kernels.favor.projections import orthogonal_projection
 
 STABILIZERS = ["running", "static"]
-needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
 # window, its block: own block only, smaller than a block, across one, across two, everything
 WINDOWS = [(0, 32), (1, 32), (7, 16), (20, 16), (33, 32), (300, 32)]
 

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from favor_inputs import BACKENDS, DEVICE, launching
+from attention_inputs import BACKENDS, DEVICE, launching, needs_triton
 
 from attnopt.kernels.favor import favor_attention, op, orthogonal_projection, plan
 from attnopt.testing import Case, cases, force_triton
 
 FAVOR = [case for case in cases() if case.op == "favor"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
 
 
 def test_cases_cover_every_phase() -> None:

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from favor_inputs import BACKENDS, DEVICE, launching
+from attention_inputs import BACKENDS, DEVICE, launching, needs_triton
 from torch import Tensor
 
 from attnopt.kernels.favor import (
@@ -18,7 +18,6 @@ from attnopt.kernels.favor.reference import favor_reference
 from attnopt.testing import force_triton
 
 NAMES = ["q", "k", "v", "projection"]
-needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
 
 
 def make_inputs(n: int = 12, dtype: torch.dtype = torch.float32, grad: bool = False,

@@ -6,30 +6,31 @@ Without a GPU the Triton kernels run in Triton's interpreter, on a smaller grid.
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_inputs import (
+    BACKENDS,
+    DEVICE,
+    LAYOUTS,
+    MASKS,
+    launching,
+    make_mask,
+    make_qkv,
+    needs_triton,
+)
 from torch import Tensor
 
 from attnopt.kernels.lastk import lastk_attention
 from attnopt.kernels.lastk.reference import lastk_reference
-from attnopt.testing import force_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ["eager", "triton"] if HAS_TRITON else ["eager"]
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-MASKS = ["none", "left", "right", "holes", "empty-row"]
 WIDE = pytest.param(
     {"n": 40, "extra": 400, "w": 410, "t": 150, "h": 1, "b": 1, "hkv": 1}, id="wide"
 )
 LONG = pytest.param({"n": 2100, "w": 70, "t": 4, "h": 1, "hkv": 1, "mask": "left"}, id="long")
-LAYOUTS = ["bhnd", "packed", "broadcast", "transposed"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,35 +41,6 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(4, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def make_mask(kind: str, batch: int, n: int, rng: torch.Generator) -> Tensor | None:
-    """[batch, n] bool, different in every row of the batch; "empty-row" masks all of row 0."""
-    j, b = torch.arange(n), torch.arange(batch)[:, None]
-    if kind == "none":
-        return None
-    if kind == "left":
-        return j >= (b + 1) * n // (batch + 1)
-    if kind == "right":
-        return j < n - (b + 1) * n // (batch + 2)
-    if kind == "holes":
-        return (torch.rand(batch, n, generator=rng) < 0.6) & (j > 0)
-    return (b > 0) & (j >= n // 4)
-
-
-def make_qkv(layout: str, b: int, h: int, hkv: int, nq: int, nk: int, d: int, rand) -> list[Tensor]:
-    """q, k, v of the same sizes in one of LAYOUTS, which differ in their strides."""
-    if layout == "packed":  # one projection of every token, as in GPT-2
-        parts = rand(b, nk, (h + 2 * hkv) * d).split([h * d, hkv * d, hkv * d], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in parts)
-        return [q[:, :, nk - nq :], k, v]
-    if layout == "broadcast":
-        q, k, v = rand(1, h, nq, d), rand(b, 1, nk, d), rand(1, 1, nk, d)
-        return [q.expand(b, -1, -1, -1), k.expand(-1, hkv, -1, -1), v.expand(b, hkv, -1, -1)]
-    sizes = [(b, h, nq), (b, hkv, nk), (b, hkv, nk)]
-    if layout == "transposed":  # features are the slow dimension
-        return [rand(b, heads, d, n).mT for b, heads, n in sizes]
-    return [rand(*size, d) for size in sizes]
 
 
 def make_inputs(
@@ -126,10 +98,6 @@ def run(function, inputs: dict, grad: Tensor, only: tuple[str, ...] = ()) -> dic
         assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
     assert (out.shape, out.dtype) == (inputs["q"].shape, inputs["q"].dtype)
     return {"out": out.detach()} | dict(zip(wanted, grads, strict=True))
-
-
-def launching(backend: str) -> AbstractContextManager:
-    return force_triton() if backend == "triton" else nullcontext()
 
 
 def run_backend(backend: str, inputs: dict, grad: Tensor, **options) -> dict[str, Tensor]:

@@ -3,27 +3,20 @@
 import subprocess
 import sys
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_inputs import BACKENDS, DEVICE, launching
 from torch import Tensor
 
 from attnopt.kernels.lastk import lastk_attention, lastk_decode, sliding_window_attention
 from attnopt.kernels.lastk.reference import lastk_reference
 from attnopt.testing import Case, cases, force_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["eager", "triton"] if find_spec("triton") is not None else ["eager"]
 LASTK = [case for case in cases() if case.op == "lastk"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def launching(backend: str) -> AbstractContextManager:
-    return force_triton() if backend == "triton" else nullcontext()
 
 
 def make_inputs(n: int = 12, dtype: torch.dtype = torch.float32, grad: bool = False) -> dict:
