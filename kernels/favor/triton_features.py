@@ -20,6 +20,7 @@ from attnopt.kernels.common import LN2, LOG2E, load_rows
 EMPTY = tl.constexpr(-1e30)
 HEADROOM = tl.constexpr(60.0)
 CLAMP = tl.constexpr(110.0)
+CEILING = tl.constexpr(100.0)  # leaves room for a sum over 2^20 keys
 LOG2E_COARSE = tl.constexpr(369 / 256)  # nine bits of log2(e)
 LOG2E_FINE = tl.constexpr(1.4426950408889634 - 369 / 256)
 
@@ -97,7 +98,7 @@ def advance_reference(r, logits, real, STATIC: tl.constexpr):
 @triton.jit
 def key_features(logits, r, real):
     """`phi(k) 2^-r` `[F, C]`, 0 where the key is not real; a static r may lie too low."""
-    shifted = tl.minimum(tl.maximum(logits - r[:, None], -CLAMP), HEADROOM)
+    shifted = tl.minimum(tl.maximum(logits - r[:, None], -CLAMP), CEILING)
     return tl.where(real[None, :], tl.exp2(shifted), 0.0)
 
 
