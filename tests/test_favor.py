@@ -106,6 +106,12 @@ def test_triton_sweep(sizes: dict, options: dict, monkeypatch: pytest.MonkeyPatc
     assert_right("triton", make_inputs(**sizes), make_options(sizes, **options))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exponents_above_a_static_reference_count(backend: str) -> None:
+    sizes = {"feature_map": "exp", "n": 5, "window": 0, "d": 8, "m": 12, "std": 3.0}
+    assert_right(backend, make_inputs(**sizes), make_options(sizes, stabilizer="static"))
+
+
 @pytest.mark.parametrize("mask", MASKS[1:])
 @pytest.mark.parametrize(("window", "block"), [(0, 32), (20, 16)])
 @pytest.mark.parametrize("backend", BACKENDS)

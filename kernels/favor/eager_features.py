@@ -19,7 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-EMPTY = -1e30  # log reference of a state that has seen nothing
 LN2 = math.log(2)
 RELU_FLOOR = 1e-3
 CENTER_SAMPLE = 64  # keys that the center of the norms is taken from

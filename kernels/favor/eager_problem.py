@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnopt.kernels.favor.eager_features import EMPTY, FeatureMap, feature_count
+from attnopt.kernels.favor.eager_features import FeatureMap, feature_count
 from attnopt.kernels.favor.eager_step import is_step
 from attnopt.kernels.favor.eager_window import Window, block_shift, shift_rows, unshift_rows
+from attnopt.kernels.favor.state import EMPTY
 
 RUN_BYTES = 3 << 19  # of features at a time: what a core's cache holds
 CHUNK = 64  # tokens, where the block of a window does not say

@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from attnopt.kernels.favor.eager_features import EMPTY, LOG_MAPS, RELU_FLOOR, limits, monomials
+from attnopt.kernels.favor.eager_features import LOG_MAPS, RELU_FLOOR, limits, monomials
+from attnopt.kernels.favor.state import EMPTY
 from attnopt.kernels.rows import first_real_token
 
 MAX_FAR = 128  # more tokens to be summed up at once are the business of the chunked path

@@ -82,8 +82,10 @@ def key_logits(k, w, scale, M, FEATURES: tl.constexpr, PRECISION: tl.constexpr):
 def static_reference(w, scale, FEATURES: tl.constexpr):
     """A reference `[F]` that no key moves: a bound of lk, for favor log2(e) |w_m|^2 / 2."""
     if FEATURES == "hedgehog":
-        return tl.zeros([w.shape[0]], tl.float32) - HEADROOM
-    return tl.ceil(tl.sum(w.to(tl.float32) * w, 1) * (0.5 * LOG2E)) - HEADROOM
+        bound = tl.zeros([w.shape[0]], tl.float32)
+    else:
+        bound = tl.ceil(tl.sum(w.to(tl.float32) * w, 1) * (0.5 * LOG2E))
+    return bound - HEADROOM
 
 
 @triton.jit
