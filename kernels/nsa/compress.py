@@ -1,0 +1,79 @@
+"""Tokens of each compressed block, and their mean: the simplest compression of keys and values.
+
+    k_cmp[c] = mean of k over the real tokens of positions [c d, c d + l)
+
+Positions count from a row's first real token, so left padding changes nothing.
+Letters: B batch, Hkv key/value heads, N tokens, D head dim, l block, d stride, P blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnopt.kernels.checks import check_key_mask
+from attnopt.kernels.nsa.geometry import compressed_count, row_starts
+
+
+def cut_blocks(
+    x: Tensor, *, block: int, stride: int, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens of every compressed block, as views where no padding is to be skipped.
+
+    Args:
+        x: `[B, Hkv, N, D]`.
+        block: l.
+        stride: d.
+        key_mask: bool `[B, N]`, True for real tokens.
+
+    Returns:
+        Blocks `[B, Hkv, P, l, D]` and which of their tokens are real, bool `[B, P, l]`, None
+        without a mask. In a padded row the last blocks may reach beyond the text: they hold
+        repeated tokens that are not real.
+    """
+    if key_mask is None:
+        if x.shape[2] < block:
+            return x.new_empty(*x.shape[:2], 0, block, x.shape[3]), None
+        return x.unfold(2, block, stride).transpose(3, 4), None
+    count = compressed_count(x.shape[2], block, stride)
+    tokens = torch.arange(count, device=x.device)[:, None] * stride
+    tokens = tokens + torch.arange(block, device=x.device)  # [P, l]
+    column = tokens + row_starts(key_mask, x).long()[:, None, None]  # [B, P, l]
+    inside = column < x.shape[2]
+    column = column.clamp_max(x.shape[2] - 1).flatten(1)
+    index = column[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    blocks = x.gather(2, index).unflatten(2, (count, block))
+    real = key_mask.gather(1, column).unflatten(1, (count, block)) & inside
+    return blocks, real
+
+
+def mean_compress(
+    x: Tensor, *, compress_block: int, compress_stride: int, key_mask: Tensor | None = None
+) -> Tensor:
+    """Average the real tokens of each compressed block.
+
+    Args:
+        x: keys or values `[B, Hkv, N, D]`.
+        compress_block: tokens of a block, l.
+        compress_stride: tokens from one block's start to the next one's, d.
+        key_mask: bool `[B, N]`, True for real tokens; blocks count from each row's first.
+
+    Returns:
+        `[B, Hkv, P, D]` in the dtype of `x`, P = max(0, (N - l) // d + 1); 0 for a block without
+        a real token.
+
+    Raises:
+        ValueError: sizes below 1, or a mask that does not fit.
+
+    Source: Yuan et al. 2025, "Native Sparse Attention", section 3.3.1, with the mean for phi.
+    """
+    for name, size in (("compress_block", compress_block), ("compress_stride", compress_stride)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
+    check_key_mask(key_mask, x)
+    blocks, real = cut_blocks(x, block=compress_block, stride=compress_stride, key_mask=key_mask)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if real is None:
+        return blocks.mean(3, dtype=wide).to(x.dtype)
+    weights = real.to(wide) / real.sum(-1, keepdim=True).clamp_min(1)
+    return torch.einsum("bhpld,bpl->bhpd", blocks.to(wide), weights).to(x.dtype)
