@@ -3,10 +3,8 @@
     pip install --no-deps performer-pytorch==1.1.4 local-attention axial-positional-embedding einops
     python bench/favor_scaling.py --output bench/results/favor-cpu.json
 
-Every cell is a fresh process with one thread: causal attention, forward + backward of q, k and v,
-at B=1 H=12 D=64 M=64 in fp32, the least CPU time of several calls, and the peak of resident memory
-above that before the first of them (Linux). A cell may use up to 16 GiB; beyond, it counts as out
-of memory.
+Causal attention, forward + backward of q, k and v, at B=1 H=12 D=64 M=64 in fp32, one thread;
+`cells.py` says how a cell is measured.
 
     favor-0     attnopt.favor_attention, pure features
     favor-33    the same with an exact window of 33 tokens in blocks of 32
@@ -20,18 +18,13 @@ recorded too: it adds an epsilon to every feature and stabilizes with a maximum 
 
 import argparse
 import json
-import math
-import platform
-import resource
-import subprocess
-import sys
-import time
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cells import exponent, gradients, largest_error, measure, processor, run_cell, write
 
 from attnopt import favor_attention, orthogonal_projection
 
@@ -39,8 +32,6 @@ H, D, M = 12, 64, 64
 SIZES = (1024, 2048, 4096, 8192, 16384)
 NAMES = ("favor-0", "favor-33", "performer", "sdpa")
 DENSE_UP_TO = 4096
-LIMIT = 16 * 2**30
-SECONDS = 4.0  # of repetition per cell, after two calls
 
 
 def inputs(n):
@@ -62,13 +53,6 @@ def operation(name):
     return lambda q, k, v: favor_attention(q, k, v, rows, window=window, backend="eager")
 
 
-def gradients(op, q, k, v, grad):
-    """The output and the gradients of q, k and v."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = op(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
 def check(name, n=512):
     """Largest relative error (Frobenius) of output and gradients against the definition."""
     rows = orthogonal_projection(M, D, generator=torch.Generator().manual_seed(0))
@@ -83,40 +67,14 @@ def check(name, n=512):
 
     found = gradients(op, *inputs(n))
     truth = gradients(exact, *(x.double() for x in inputs(n)))
-    return max(float((x - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True))
+    return largest_error(found, truth)
 
 
-def resident(field):
-    """Resident memory of this process, bytes: VmRSS is now, VmHWM the peak (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def measure(name, n):
-    """One cell: {"seconds", "bytes"}, or {"error"}."""
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+def cell(name, n):
+    """One cell."""
     op, tensors = operation(name), inputs(n)
-    gradients(op, *(x[:, :, :128] for x in tensors))  # loads what is loaded once
-    before, times = resident("VmRSS"), []
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    try:
-        while len(times) < 3 or sum(times) < SECONDS:
-            start = time.process_time()
-            gradients(op, *tensors)
-            times.append(time.process_time() - start)
-    except (RuntimeError, MemoryError) as error:
-        return {"error": "out of memory" if "memory" in str(error) else str(error)[:200]}
-    return {"seconds": min(times), "bytes": resident("VmHWM") - before, "calls": len(times)}
-
-
-def exponent(cells, key):
-    """Slope of log(value) over log(N), by least squares."""
-    points = [(math.log(n), math.log(c[key])) for n, c in cells.items() if c.get(key, 0) > 0]
-    x, y = zip(*points, strict=True)
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    return sum((a - mean_x) * (b - mean_y) for a, b in points) / spread
+    small = [x[:, :, :128] for x in tensors]
+    return measure(lambda: gradients(op, *tensors), lambda: gradients(op, *small))
 
 
 def main():
@@ -126,7 +84,7 @@ def main():
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.cell:
-        print(json.dumps(measure(given.cell[0], int(given.cell[1]))))
+        print(json.dumps(cell(given.cell[0], int(given.cell[1]))))
         return
     errors = {name: check(name) for name in NAMES[:3]}
     for name in NAMES[:2]:
@@ -136,15 +94,11 @@ def main():
         for name in NAMES:
             if name == "sdpa" and n > DENSE_UP_TO:
                 continue
-            command = [sys.executable, __file__, "--cell", name, str(n)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = done.stdout.splitlines()
-            cells[name][n] = json.loads(lines[-1]) if lines else {"error": "killed"}
-            print(name, n, cells[name][n], flush=True)
+            cells[name][n] = run_cell(__file__, name, n)
     record = {
         "question": __doc__.splitlines()[0],
         "shape": {"B": 1, "H": H, "D": D, "M": M, "dtype": "float32", "threads": 1},
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "versions": {name: version(name) for name in ("torch", "performer-pytorch")},
         "error_against_float64": errors,
         "cells": cells,
@@ -153,8 +107,7 @@ def main():
             for name in NAMES[:2]
         },
     }
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(given.output, record)
 
 
 if __name__ == "__main__":
