@@ -17,7 +17,7 @@ class Case:
 
     Attributes:
         id: `op/phase/dtype-layout-sizes`.
-        op: "lastk" or "favor".
+        op: "lastk", "favor" or "nsa".
         phase: "fwd", "bwd" (gradients of every input) or "decode" (one step).
         dtype: of q, k and v.
         shape: the sizes by letter: B, H, Hkv, N, D and the mechanism's own.
@@ -86,9 +86,10 @@ def cases(shapes: Mapping[str, int] | None = None) -> list[Case]:
     """
     from attnopt.testing.favor import favor_cases
     from attnopt.testing.lastk import lastk_cases
+    from attnopt.testing.nsa import nsa_cases
 
     overrides = dict(shapes or {})
-    found = lastk_cases(overrides) + favor_cases(overrides)
+    found = lastk_cases(overrides) + favor_cases(overrides) + nsa_cases(overrides)
     known = {letter for case in found for letter in case.shape}
     unknown = set(overrides) - known
     if unknown:

@@ -14,6 +14,8 @@ b selection block, Wn near window, P compressed blocks, nb selection blocks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ def first_overlap(j: Tensor, block: int, stride: int, select_block: int) -> Tens
 
 def overlap_count(block: int, stride: int, select_block: int) -> int:
     """Most compressed blocks that share a token with one selection block."""
-    return (select_block + block - 2) // stride + 1
+    shifts = range(0, stride, math.gcd(select_block, stride))  # of j b against the stride
+    return max((r + select_block - 1) // stride - (r - block) // stride for r in shifts)
 
 
 def overlap(c: Tensor, j: Tensor, block: int, stride: int, select_block: int) -> Tensor:
