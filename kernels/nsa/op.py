@@ -144,13 +144,14 @@ def nsa_attention(
     chosen = call.select(q, k_cmp)
     compressed = call.compressed(q, k_cmp, v_cmp, chosen if merged else chosen[..., :0])
     selected = call.selected(q, ks, vs, chosen)
+    recent, weights = None, gates
     if merged:
-        return _merge(compressed, selected)
-    recent = sliding_window_attention(
-        q, kw, vw, window, key_mask=key_mask, scale=scale, backend=backend
-    )
-    assert gates is not None
-    return _gate([compressed[0], selected[0], recent], gates)
+        weights = _shares(compressed[1], selected[1])
+    else:
+        recent = sliding_window_attention(
+            q, kw, vw, window, key_mask=key_mask, scale=scale, backend=backend
+        )
+    return torch.ops.attnopt.nsa_combine(compressed[0], selected[0], recent, weights, backend)
 
 
 def nsa_decode(
@@ -257,19 +258,10 @@ def _sizes(p: Pattern) -> dict[str, Any]:
     }
 
 
-def _merge(*parts: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax from parts of it, each an output and the log of its total weight."""
-    top = torch.stack([lse for _, lse in parts]).detach().amax(0)
-    top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = [(lse - top).exp().unsqueeze(-1) for _, lse in parts]
-    total = sum(weights[1:], weights[0])
-    total = total.masked_fill(total == 0, 1.0)
-    shares = [w / total for w in weights]
-    return _gate([out for out, _ in parts], torch.cat(shares, -1))
-
-
-def _gate(outs: list[Tensor], gates: Tensor) -> Tensor:
-    """`sum_n gates[..., n] outs[n]` in fp32 (fp64), rounded once."""
-    wide = torch.promote_types(outs[0].dtype, torch.float32)
-    weighted = [gates[..., n, None].to(wide) * out for n, out in enumerate(outs)]
-    return sum(weighted[1:], weighted[0]).to(outs[0].dtype)
+def _shares(*parts: Tensor) -> Tensor:
+    """Weights of the parts of one softmax, by their log-sum-exps `[B, H, Nq]`; 0 for none."""
+    lse = torch.stack(parts, -1)
+    top = lse.detach().amax(-1, keepdim=True)
+    weights = (lse - top.masked_fill(top == -torch.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)

@@ -1,14 +1,17 @@
 """The operators behind NSA, registered with torch.library: forward, backward, shapes, autograd.
 
 Two branches are differentiable, each with its output and its log-sum-exp: the compressed one and
-the selected one. Whatever combines them is plain PyTorch, so that the gradients of both results
-arrive here: with `P = e^{score - lse}`
+the selected one. Their weights in the sum, gates or shares of one softmax, are plain PyTorch, so
+that the gradients of both results arrive here: with `P = e^{score - lse}`
 
     dS = P (dO.v - delta),    delta = rowsum(dO O) - dlse
+
+`nsa_combine` is the sum itself.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -17,17 +20,12 @@ from torch import Tensor
 from attnopt.kernels.interpreter import repair_bfloat16
 
 
-def _modules(backend: str, device: torch.device) -> tuple[ModuleType, ModuleType, ModuleType]:
-    """Compressed, selection and selected branch of a backend, imported only where used."""
-    if backend == "triton":
-        if device.type == "cpu":
-            repair_bfloat16()
-        from attnopt.kernels.nsa import triton_compressed, triton_select, triton_selected
-
-        return triton_compressed, triton_select, triton_selected
-    from attnopt.kernels.nsa import eager_compressed, eager_select, eager_selected
-
-    return eager_compressed, eager_select, eager_selected
+def _module(part: str, backend: str, device: torch.device) -> ModuleType:
+    """One part of a backend, imported only where it is used."""
+    backend = "triton" if backend == "triton" else "eager"
+    if backend == "triton" and device.type == "cpu":
+        repair_bfloat16()
+    return import_module(f"attnopt.kernels.nsa.{backend}_{part}")
 
 
 @torch.library.custom_op("attnopt::nsa_select", mutates_args=())
@@ -37,7 +35,7 @@ def _select(
     scale: float, backend: str,
 ) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend, q.device)[1].select(
+        return _module("select", backend, q.device).select(
             q, k_cmp, bias, real, start, offset=offset, count=count, sinks=sinks, block=block,
             stride=stride, select_block=select_block, near_window=near_window, delay=delay,
             scale=scale,
@@ -55,7 +53,7 @@ def _compressed_forward(
     offset: int, block: int, stride: int, delay: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend, q.device)[0].compressed_forward(
+        return _module("compressed", backend, q.device).compressed_forward(
             q, k_cmp, v_cmp, bias, chosen, start, offset=offset, block=block, stride=stride,
             delay=delay, scale=scale,
         )
@@ -63,12 +61,13 @@ def _compressed_forward(
 
 @torch.library.custom_op("attnopt::nsa_compressed_backward", mutates_args=())
 def _compressed_backward(
-    grad: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor,
-    bias: Tensor, chosen: Tensor, start: Tensor,
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, bias: Tensor,
+    chosen: Tensor, start: Tensor, out: Tensor, lse: Tensor,
     offset: int, block: int, stride: int, delay: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend, q.device)[0].compressed_backward(
+        delta = _module("combine", backend, q.device).row_delta(grad, out, grad_lse)
+        return _module("compressed", backend, q.device).compressed_backward(
             grad, lse, delta, q, k_cmp, v_cmp, bias, chosen, start, offset=offset, block=block,
             stride=stride, delay=delay, scale=scale,
         )
@@ -80,7 +79,7 @@ def _selected_forward(
     select_block: int, near_window: int, scale: float, regime: str, backend: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend, q.device)[2].selected_forward(
+        return _module("selected", backend, q.device).selected_forward(
             q, k, v, key_mask, start, chosen, select_block=select_block, near_window=near_window,
             scale=scale, regime=regime,
         )
@@ -88,15 +87,62 @@ def _selected_forward(
 
 @torch.library.custom_op("attnopt::nsa_selected_backward", mutates_args=())
 def _selected_backward(
-    grad: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    key_mask: Tensor | None, start: Tensor, chosen: Tensor,
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    key_mask: Tensor | None, start: Tensor, chosen: Tensor, out: Tensor, lse: Tensor,
     select_block: int, near_window: int, scale: float, regime: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend, q.device)[2].selected_backward(
+        delta = _module("combine", backend, q.device).row_delta(grad, out, grad_lse)
+        return _module("selected", backend, q.device).selected_backward(
             grad, lse, delta, q, k, v, key_mask, start, chosen, select_block=select_block,
             near_window=near_window, scale=scale, regime=regime,
         )
+
+
+@torch.library.custom_op("attnopt::nsa_combine", mutates_args=())
+def _combine(
+    first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, backend: str
+) -> Tensor:
+    outs = [first, second] if third is None else [first, second, third]
+    return _module("combine", backend, first.device).combine_forward(outs, weights)
+
+
+@torch.library.custom_op("attnopt::nsa_combine_backward", mutates_args=())
+def _combine_backward(
+    grad: Tensor, first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs = [first, second] if third is None else [first, second, third]
+    module = _module("combine", backend, first.device)
+    douts, dweights = module.combine_backward(grad, outs, weights)
+    none = [] if third is not None else [first.new_empty(0)]
+    return (*douts, *none, dweights)
+
+
+@_combine.register_fake
+def _(first, second, third, weights, backend):
+    return torch.empty_like(first)
+
+
+@_combine_backward.register_fake
+def _(grad, first, second, third, weights, backend):
+    none = first.new_empty(0) if third is None else torch.empty_like(third)
+    dweights = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    return torch.empty_like(first), torch.empty_like(second), none, dweights
+
+
+def _save_combined(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_combined(ctx, grad):
+    *grads, dweights = torch.ops.attnopt.nsa_combine_backward(
+        grad, *ctx.saved_tensors, ctx.backend
+    )
+    if ctx.saved_tensors[2] is None:
+        grads[2] = None
+    return (*grads, dweights, None)
 
 
 def _fake_forward(q, *_):
@@ -104,7 +150,7 @@ def _fake_forward(q, *_):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse)
 
 
-def _fake_backward(grad, lse, delta, q, k, v, *_):
+def _fake_backward(grad, grad_lse, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -122,13 +168,9 @@ def _differentiate_with(backward):
         rest = (None,) * (3 + len(ctx.options))
         if grad is None and grad_lse is None:
             return (None, None, None, *rest)
-        *inputs, out, lse = ctx.saved_tensors
         if grad is None:
-            grad = torch.zeros_like(out)
-        delta = (grad.to(lse.dtype) * out).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse
-        return (*backward(grad, lse, delta, *inputs, *ctx.options), *rest)
+            grad = torch.zeros_like(ctx.saved_tensors[6])  # the output
+        return (*backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options), *rest)
 
     return differentiate
 
@@ -147,3 +189,7 @@ for _name in ("compressed", "selected"):
     torch.library.register_fake(_backward, _fake_backward)
     torch.library.register_autograd(_forward, _differentiate_with(_call), setup_context=_save)
     torch.library.register_autograd(_backward, _refuse_double_backward)
+torch.library.register_autograd(
+    "attnopt::nsa_combine", _differentiate_combined, setup_context=_save_combined
+)
+torch.library.register_autograd("attnopt::nsa_combine_backward", _refuse_double_backward)
