@@ -167,7 +167,12 @@ def test_any_order_of_programs_gives_the_same_bits(regime, small_passes, monkeyp
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_long_blocks_are_refused():
-    inputs = make(1, 1, 1, 300, 300, 16, 129, 1, 1, "none", torch.float32)
-    with pytest.raises(ValueError, match="select_block up to 128; got 129"):
-        run(inputs, "long", 129, 1)
+@pytest.mark.parametrize("size", [40, 200])
+def test_large_blocks_are_cut_into_pieces(size, small_passes):
+    """fp32 holds 32 keys in a program and bf16 128."""
+    dtype = torch.float32 if size == 40 else torch.bfloat16
+    inputs = make(1, 2, 1, 3 * size + 5, 3 * size + 5, 16, size, 2, 5, "left", dtype)
+    q, k, v, mask, _, chosen, grad, grad_lse = inputs
+    expected = exact(q, k, v, mask, chosen, grad, grad_lse, select_block=size, near_window=5)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    compare(run(inputs, "long", size, 5), expected, tolerance)

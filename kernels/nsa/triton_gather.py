@@ -4,13 +4,15 @@
 
 is the partial result of slot s of query i, stored with its log-sum-exp; `triton_query.py` folds the
 S of them together. A query-major kernel would read S b keys for every query; here a block is read
-once per segment of at most SEGMENT queries (see `work_list.py`), whatever the group size.
+once per segment of at most SEGMENT queries (see `work_list.py`), whatever the group size. A block
+too large for the registers counts as several pieces, each with slots of its own.
 
 Backward, in the same order: partial dQ of each slot, in place of the partial output, and dK, dV of
 each segment, which `triton_key.py` adds up. Five matmuls, no atomics.
 
-Letters: D head dim, S slots, b tokens of a block, x = batch row * Hkv + key/value head; a pair is
-query * S + slot; rows of a tile are BLOCK_Q / GROUP pairs of GROUP heads.
+Letters: D head dim, S slots, b tokens of a block, `size` of each of its `pieces`, x = batch row *
+Hkv + key/value head; a pair is query * S + slot; rows of a tile are BLOCK_Q / GROUP pairs of GROUP
+heads.
 """
 
 import triton
@@ -28,12 +30,13 @@ from attnopt.kernels.nsa.triton_groups import load_group, load_statistics
 
 
 @triton.jit
-def segment(work_ptr, index, total):
-    """Block of a segment and the range of its pairs in the order of blocks."""
-    block = tl.load(work_ptr + index)
+def segment(work_ptr, index, total, b, pieces, size):
+    """Of a segment: first position and number of its keys, range of its pairs."""
+    piece = tl.load(work_ptr + index)
     begin = tl.load(work_ptr + total + index)
     end = tl.load(work_ptr + 2 * total + index)
-    return block, begin, end
+    first = piece % pieces * size
+    return piece // pieces * b + first, tl.minimum(size, b - first), begin, end
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def gathered_bias(p, pos, real, valid):
 def gather_forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, start_ptr, order_ptr, work_ptr, part_ptr, part_lse_ptr,
     q_strides, k_strides, v_strides, mask_strides,
-    x0, Hkv, G, Nq, Nk, S, b, segments, total, scale,
+    x0, Hkv, G, Nq, Nk, S, b, pieces, size, segments, total, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -61,14 +64,14 @@ def gather_forward_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
     pairs = Nq.to(tl.int64) * S
     start = tl.load(start_ptr + batch)
-    block, begin, end = segment(work_ptr, index, total)
+    pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
     t = tl.arange(0, BLOCK_K)
-    pos = block * b + t
-    inside = (t < b) & (start + pos < Nk)
+    pos = pos0 + t
+    inside = (t < keys) & (start + pos < Nk)
     real = is_real(mask_ptr, mask_strides, batch, start + pos, inside, HAS_MASK)
 
     # [BLOCK_K, COLS]
-    j0 = start + block * b
+    j0 = start + pos0
     k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     for i0 in range(begin, end, BLOCK_Q // GROUP):
@@ -99,7 +102,7 @@ def gather_backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, start_ptr, order_ptr, work_ptr,
     part_ptr, dk_part_ptr, dv_part_ptr,
     q_strides, k_strides, v_strides, do_strides, lse_strides, mask_strides,
-    x0, Hkv, G, Nq, Nk, S, b, segments, total, scale,
+    x0, Hkv, G, Nq, Nk, S, b, pieces, size, segments, total, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -116,14 +119,14 @@ def gather_backward_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
     pairs = Nq.to(tl.int64) * S
     start = tl.load(start_ptr + batch)
-    block, begin, end = segment(work_ptr, index, total)
+    pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
     t = tl.arange(0, BLOCK_K)
-    pos = block * b + t
-    inside = (t < b) & (start + pos < Nk)
+    pos = pos0 + t
+    inside = (t < keys) & (start + pos < Nk)
     real = is_real(mask_ptr, mask_strides, batch, start + pos, inside, HAS_MASK)
 
     # [BLOCK_K, COLS]
-    j0 = start + block * b
+    j0 = start + pos0
     k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     dk = tl.zeros([BLOCK_K, COLS], tl.float32)
@@ -149,6 +152,7 @@ def gather_backward_kernel(
             rows = (own * G + head).to(tl.int64) * pairs + pair
             pointers = part_ptr + rows[:, None] * DIM + tl.arange(0, COLS)[None, :]
             tl.store(pointers, dq.to(part_ptr.dtype.element_ty), mask=row_mask(valid, COLS, DIM))
-    base = index.to(tl.int64) * b * DIM
-    store_rows(dk_part_ptr + base, (DIM, 1), block * 0, t < b, dk * scale, BLOCK_K, COLS, DIM)
-    store_rows(dv_part_ptr + base, (DIM, 1), block * 0, t < b, dv, BLOCK_K, COLS, DIM)
+    base = index.to(tl.int64) * size * DIM
+    store_rows(dk_part_ptr + base, (DIM, 1), pos0 * 0, t < size, dk * scale, BLOCK_K,
+               COLS, DIM)
+    store_rows(dv_part_ptr + base, (DIM, 1), pos0 * 0, t < size, dv, BLOCK_K, COLS, DIM)

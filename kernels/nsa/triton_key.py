@@ -42,15 +42,16 @@ def key_bias(p, near, pos, real, bits_ptr, words, rows, valid, b, HAS_BITS: tl.c
 
 
 @triton.jit
-def add_segments(dk, dv, dk_part_ptr, dv_part_ptr, first_ptr, pos, inside, b,
+def add_segments(dk, dv, dk_part_ptr, dv_part_ptr, first_ptr, pos, inside, b, pieces, size,
                  COLS: tl.constexpr, DIM: tl.constexpr):
     """Add the segments' gradients of every key, in the order of the segments."""
-    block = tl.maximum(pos, 0) // b
-    first = tl.load(first_ptr + block, mask=inside, other=0)
-    count = tl.load(first_ptr + block + 1, mask=inside, other=0) - first
+    pos = tl.maximum(pos, 0)
+    piece = pos // b * pieces + pos % b // size
+    first = tl.load(first_ptr + piece, mask=inside, other=0)
+    count = tl.load(first_ptr + piece + 1, mask=inside, other=0) - first
     for n in range(0, tl.max(count, 0)):
         known = inside & (n < count)
-        rows = ((first + n).to(tl.int64) * b + tl.maximum(pos, 0) % b) * DIM
+        rows = ((first + n).to(tl.int64) * size + pos % b % size) * DIM
         pointers = rows[:, None] + tl.arange(0, COLS)[None, :]
         mask = row_mask(known, COLS, DIM)
         dk += tl.load(dk_part_ptr + pointers, mask=mask, other=0.0)
@@ -64,7 +65,7 @@ def selected_dkv_kernel(
     dk_part_ptr, dv_part_ptr, first_ptr, dk_ptr, dv_ptr,
     q_strides, k_strides, v_strides, do_strides, lse_strides, mask_strides, dk_strides,
     dv_strides,
-    x0, Hkv, G, Nq, Nk, b, Wn, words, blocks, segments, scale,
+    x0, Hkv, G, Nq, Nk, b, Wn, words, blocks, pieces, size, segments, scale,
     DIM: tl.constexpr, COLS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BITS: tl.constexpr, HAS_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,8 +128,9 @@ def selected_dkv_kernel(
     dk *= scale
     if HAS_PARTS:
         own = (x - x0).to(tl.int64)
-        base = own * segments * b * DIM
-        dk, dv = add_segments(dk, dv, dk_part_ptr + base, dv_part_ptr + base,
-                              first_ptr + own * (blocks + 1), pos, inside, b, COLS, DIM)
+        base = own * segments * size * DIM
+        first_ptr += own * (blocks * pieces + 1)
+        dk, dv = add_segments(dk, dv, dk_part_ptr + base, dv_part_ptr + base, first_ptr, pos,
+                              inside, b, pieces, size, COLS, DIM)
     store_rows(dk_ptr, (dk_strides[2], dk_strides[3]), j0, j < Nk, dk, BLOCK_K, COLS, DIM)
     store_rows(dv_ptr, (dv_strides[2], dv_strides[3]), j0, j < Nk, dv, BLOCK_K, COLS, DIM)

@@ -25,7 +25,6 @@ from attnopt.kernels.nsa.work_list import WorkList, count_segments, make_work_li
 
 PASS_BYTES = 1 << 30  # of partial results at a time
 MAX_GROUP = 16  # heads in a tile of rows
-MAX_LONG_BLOCK = 128  # tokens of a block that a gathering program holds
 
 
 def selected_forward(
@@ -97,19 +96,18 @@ class _Job:
                  chosen: Tensor, b: int, near_window: int, scale: float, regime: str) -> None:
         B, self.H, self.Nq, self.D = q.shape
         self.Hkv, self.Nk = k.shape[1:3]
-        self.G, self.S, self.b = self.H // self.Hkv, chosen.shape[3], b
-        self.heads = B * self.Hkv
-        self.q, self.chosen = q, chosen.contiguous()
-        self.blocks = selection_count(self.Nk, b)
-        self.gathers = regime == "long" and self.S > 0
-        self.has_bits = regime == "short" and self.S > 0
-        if self.gathers and b > MAX_LONG_BLOCK:
-            raise ValueError("regime='long' of backend='triton' takes select_block up to "
-                             f"{MAX_LONG_BLOCK}; got {b} (regime='short' takes any)")
-        self.bits = _pack_bits(chosen, self.blocks) if self.has_bits else self.chosen
+        self.q, self.G, self.heads = q, self.H // self.Hkv, B * self.Hkv
         self.group = min(MAX_GROUP, self.G & -self.G)
         self.cols = max(16, triton.next_power_of_2(self.D))
-        self.segments = count_segments(self.Nq * self.S, self.blocks)
+        self.blocks = selection_count(self.Nk, b)
+        self.gathers = regime == "long" and chosen.shape[3] > 0
+        self.has_bits = regime == "short" and chosen.shape[3] > 0
+        self.bits = _pack_bits(chosen, self.blocks) if self.has_bits else chosen
+        self.pieces = triton.cdiv(b, _most_keys(q.dtype, self.cols)) if self.gathers else 1
+        self.size = triton.cdiv(b, self.pieces)
+        self.chosen = _cut_blocks(chosen, self.pieces).contiguous()
+        self.S = self.chosen.shape[3]
+        self.segments = count_segments(self.Nq * self.S, self.blocks * self.pieces)
         masked = key_mask is not None
         self.shared: dict[str, Any] = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "start_ptr": start,
@@ -130,14 +128,15 @@ class _Job:
         step = self.heads
         if self.gathers:
             pairs = self.G * self.Nq * self.S * self.D * self.q.element_size()
-            gradients = self.segments * self.b * self.D * 4
+            gradients = self.segments * self.size * self.D * 4
             step = max(1, min(step, PASS_BYTES // max(pairs, gradients)))
         for x0 in range(0, self.heads, step):
             yield x0, min(step, self.heads - x0)
 
     def work_list(self, x0: int, count: int) -> WorkList:
         """The work list of so many heads."""
-        return make_work_list(self.chosen.flatten(0, 1)[x0 : x0 + count], self.blocks)
+        chosen = self.chosen.flatten(0, 1)[x0 : x0 + count]
+        return make_work_list(chosen, self.blocks * self.pieces)
 
     def partials(self, count: int) -> tuple[Tensor, Tensor]:
         """Room for one row per (head, query, slot), and one number."""
@@ -146,13 +145,14 @@ class _Job:
         return part, self.q.new_empty(pairs, dtype=torch.float32)
 
     def segment_gradients(self, count: int) -> Tensor:
-        """Room for the gradients of a block in every segment."""
-        rows = count * self.segments * self.b if self.gathers else 0
+        """Room for the gradients of a piece of a block in every segment."""
+        rows = count * self.segments * self.size if self.gathers else 0
         return self.q.new_empty(rows, self.D, dtype=torch.float32)
 
     def tile(self, kernel: str) -> dict[str, int]:
         """Tile sizes of a kernel."""
-        tile = _TILES[kernel](self.q.dtype, self.cols, max(16, triton.next_power_of_2(self.b)))
+        keys = max(16, triton.next_power_of_2(self.size))
+        tile = _TILES[kernel](self.q.dtype, self.cols, keys)
         tile["BLOCK_Q"] = max(tile["BLOCK_Q"], self.group)
         return tile
 
@@ -161,7 +161,7 @@ class _Job:
         total = work.segments[0].numel()
         kernel[(total * groups,)](
             x0=x0, work_ptr=work.segments, segments=self.segments, total=total, S=self.S,
-            **self.shared, **own,
+            pieces=self.pieces, size=self.size, **self.shared, **own,
         )
 
     def launch_queries(self, kernel: Any, x0: int, count: int, *, BLOCK_Q: int, **own: Any) -> None:
@@ -175,8 +175,8 @@ class _Job:
     def launch_keys(self, kernel: Any, x0: int, count: int, *, BLOCK_K: int, **own: Any) -> None:
         """Launch a key-major kernel over all tiles of keys of a pass."""
         kernel[(triton.cdiv(self.Nk, BLOCK_K) * count,)](
-            x0=x0, blocks=self.blocks, segments=self.segments, BLOCK_K=BLOCK_K, **self.shared,
-            **self.walked, **own,
+            x0=x0, blocks=self.blocks, segments=self.segments, pieces=self.pieces, size=self.size,
+            BLOCK_K=BLOCK_K, **self.shared, **self.walked, **own,
         )
 
 
@@ -187,6 +187,19 @@ def _pack_bits(chosen: Tensor, blocks: int) -> Tensor:
     bit = torch.ones_like(chosen).bitwise_left_shift(chosen % 32)
     packed = chosen.new_zeros(*chosen.shape[:3], words + 1)
     return packed.scatter_add_(3, index, bit)[..., :words].contiguous()
+
+
+def _cut_blocks(chosen: Tensor, pieces: int) -> Tensor:
+    """The pieces of the chosen blocks, `[B, Hkv, Nq, S pieces]`."""
+    if pieces == 1:
+        return chosen
+    piece = torch.arange(pieces, dtype=chosen.dtype, device=chosen.device)
+    return torch.where(chosen[..., None] < 0, -1, chosen[..., None] * pieces + piece).flatten(3)
+
+
+def _most_keys(dtype: torch.dtype, cols: int) -> int:
+    """Keys that a gathering program holds at most: K, V and their gradients are in registers."""
+    return 128 if dtype != torch.float32 else 32 if cols <= 64 else 16
 
 
 def _query_tile(dtype: torch.dtype, cols: int, block: int) -> dict[str, int]:
