@@ -7,17 +7,17 @@ from torch import nn
 from transformers import (
     DynamicCache,
     GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     StaticCache,
 )
 
 from attnopt import LastK, convert, dense_attention, revert
 
 
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
+def mistral():
+    return MistralForCausalLM(
+        MistralConfig(
             vocab_size=8,
             hidden_size=8,
             intermediate_size=8,
@@ -30,7 +30,7 @@ def llama():
 @pytest.mark.parametrize(
     ("make", "config", "layers", "message"),
     [
-        (llama, LastK(), None, "can convert: GPT2LMHeadModel ('gpt2'); got LlamaForCausalLM"),
+        (mistral, LastK(), None, "LlamaForCausalLM ('llama'); got MistralForCausalLM"),
         (lambda: tiny().transformer, LastK(), None, "got GPT2Model (model_type 'gpt2')"),
         (lambda: nn.Linear(2, 2), LastK(), None, "got Linear"),
         (lambda: tiny(add_cross_attention=True), LastK(), None, "cross-attention"),
@@ -43,8 +43,8 @@ def llama():
         (tiny, LastK(), [], "no layer to convert"),
         (tiny, {}, None, "no layer to convert"),
         (tiny, {0: LastK()}, [0], "not both"),
-        (tiny, "lastk", None, "must be one of LastK, Masks, Favor; got 'lastk'"),
-        (tiny, {0: LastK(), 1: None}, None, "must be one of LastK, Masks, Favor; got None"),
+        (tiny, "lastk", None, "must be one of LastK, Masks, Favor, NSA; got 'lastk'"),
+        (tiny, {0: LastK(), 1: None}, None, "must be one of LastK, Masks, Favor, NSA; got None"),
     ],
 )
 def test_a_refused_model_is_untouched(make, config, layers, message):

@@ -46,7 +46,7 @@ def convert(
     An error leaves the model untouched.
 
     Args:
-        model: a `GPT2LMHeadModel` (see `FAMILIES`).
+        model: a `GPT2LMHeadModel` or `LlamaForCausalLM` (see `FAMILIES`).
         config: one config for all converted layers, or one per layer index.
         layers: indices of the layers to convert, all by default; the others keep softmax.
 
@@ -174,11 +174,13 @@ def _check_convertible(model: Any) -> Family:
     else:
         valid = ", ".join(f"{f.model.__name__} ({name!r})" for name, f in FAMILIES.items())
         raise ValueError(f"can convert: {valid}; got {describe(model)}")
-    if model.config.add_cross_attention:
+    config = model.config
+    if getattr(config, "add_cross_attention", False):
         raise ValueError("cannot convert a model with cross-attention (add_cross_attention=True)")
-    if model.config.output_attentions:
+    if config.output_attentions:
         raise ValueError("converted attention never forms its weights; unset output_attentions")
-    own_scale = model.config.scale_attn_by_inverse_layer_idx or not model.config.scale_attn_weights
+    by_layer = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    own_scale = by_layer or not getattr(config, "scale_attn_weights", True)
     if own_scale and not hasattr(attention_modules(model)[0], "scaling"):
         raise ValueError(
             "this version of transformers does not tell attention functions the scale that "

@@ -20,6 +20,8 @@ from transformers import (
     GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -47,7 +49,7 @@ class Family:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     attention: Callable[[Any], list[nn.Module]]  # of the backbone, in layer order
-    dropout: Callable[[Any], nn.Dropout]  # on the attention weights of one attention module
+    dropout: Callable[[Any], tuple[Any, str]]  # on attention weights: its owner, its attribute
 
     @property
     def name(self) -> str:
@@ -62,7 +64,13 @@ FAMILIES = {
             GPT2Config,
             GPT2LMHeadModel,
             attention=lambda backbone: [block.attn for block in backbone.h],
-            dropout=lambda attn: attn.attn_dropout,
+            dropout=lambda attn: (attn.attn_dropout, "p"),
+        ),
+        Family(
+            LlamaConfig,
+            LlamaForCausalLM,
+            attention=lambda backbone: [layer.self_attn for layer in backbone.layers],
+            dropout=lambda attn: (attn, "attention_dropout"),
         ),
     )
 }
@@ -230,9 +238,10 @@ def attach(model: ConvertedModel, built: Mapping[int, AttentionMechanism]) -> No
     ]
     model._attnopt_dropouts = {}
     for index, mechanism in built.items():
-        module, dropout = modules[index], family.dropout(modules[index])
-        model._attnopt_dropouts[index] = dropout.p
-        dropout.p = 0.0
+        module = modules[index]
+        owner, name = family.dropout(module)
+        model._attnopt_dropouts[index] = getattr(owner, name)
+        setattr(owner, name, 0.0)
         setattr(module, NAME, mechanism.train(module.training))
         model._attnopt_hooks.append(
             module.register_forward_pre_hook(pass_context, with_kwargs=True)
@@ -247,7 +256,8 @@ def detach(model: ConvertedModel) -> None:
     for handle in model._attnopt_hooks:
         handle.remove()
     for index, p in model._attnopt_dropouts.items():
-        family.dropout(modules[index]).p = p
+        owner, name = family.dropout(modules[index])
+        setattr(owner, name, p)
         delattr(modules[index], NAME)
     for name in ("_attnopt_hooks", "_attnopt_dropouts"):
         delattr(model, name)

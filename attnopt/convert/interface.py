@@ -63,7 +63,7 @@ def attention(
     if dropout:
         raise ValueError(
             f"layer {mechanism.layer_idx}: converted attention has no dropout on its weights; "
-            f"leave attn_dropout.p at 0 (convert sets it), got {dropout}"
+            f"leave it at 0 (convert sets that); got {dropout}"
         )
     options = {"scale": scaling, "hidden_states": attnopt_hidden_states}
     if isinstance(attnopt_cache_layer, MechanismLayer):
@@ -135,7 +135,7 @@ def check_inputs(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     if model.config._attn_implementation != NAME:
         if isinstance(cache, MechanismCache):
             raise ValueError(
-                "the cache of a converted model has dropped keys that dense attention needs; "
+                "the cache of a converted model does not serve dense attention; "
                 "start anew with a transformers DynamicCache"
             )
         return
