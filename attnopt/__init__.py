@@ -22,9 +22,16 @@ _EXPORTS = {
     "lastk_attention": "attnopt.kernels.lastk.op",
     "lastk_decode": "attnopt.kernels.lastk.op",
     "sliding_window_attention": "attnopt.kernels.lastk.op",
+    "compressed_attention": "attnopt.kernels.nsa.op",
+    "mean_compress": "attnopt.kernels.nsa.compress",
+    "nsa_attention": "attnopt.kernels.nsa.op",
+    "nsa_decode": "attnopt.kernels.nsa.op",
+    "select_blocks": "attnopt.kernels.nsa.op",
+    "selected_attention": "attnopt.kernels.nsa.op",
     "Favor": "attnopt.config",
     "LastK": "attnopt.config",
     "Masks": "attnopt.config",
+    "NSA": "attnopt.config",
     "NthLast": "attnopt.config",
     "Window": "attnopt.config",
     "First": "attnopt.config",
@@ -41,16 +48,25 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from attnopt.calibration import calibrate
-    from attnopt.config import Every, Favor, First, LastK, Masks, NthLast, Window
+    from attnopt.config import NSA, Every, Favor, First, LastK, Masks, NthLast, Window
     from attnopt.convert import convert, dense_attention, from_pretrained, mechanisms, revert
     from attnopt.errors import UserError
     from attnopt.kernels.favor.op import favor_attention, favor_decode
     from attnopt.kernels.favor.projections import hedgehog_projection, orthogonal_projection
     from attnopt.kernels.favor.state import FavorState
     from attnopt.kernels.lastk.op import lastk_attention, lastk_decode, sliding_window_attention
+    from attnopt.kernels.nsa.compress import mean_compress
+    from attnopt.kernels.nsa.op import (
+        compressed_attention,
+        nsa_attention,
+        nsa_decode,
+        select_blocks,
+        selected_attention,
+    )
     from attnopt.modules.favor import redraw
 
 __all__ = [
+    "NSA",
     "Every",
     "Favor",
     "FavorState",
@@ -62,6 +78,7 @@ __all__ = [
     "Window",
     "__version__",
     "calibrate",
+    "compressed_attention",
     "convert",
     "dense_attention",
     "favor_attention",
@@ -70,10 +87,15 @@ __all__ = [
     "hedgehog_projection",
     "lastk_attention",
     "lastk_decode",
+    "mean_compress",
     "mechanisms",
+    "nsa_attention",
+    "nsa_decode",
     "orthogonal_projection",
     "redraw",
     "revert",
+    "select_blocks",
+    "selected_attention",
     "sliding_window_attention",
 ]
 

@@ -1,8 +1,13 @@
-"""Where the gates of windowed feature attention start: measured on a few texts of the dense model.
+"""Where gates start: measured on a few texts of the dense model, head by head.
 
-A gate weighs the far tokens, whose features have a scale of their own, against the window. The
-right weight is what makes the mass of the far tokens that of softmax, so it can be read off before
-any training: `log_gate = mean(log true far mass - log feature far mass)`, head by head.
+The gate of windowed features weighs the far tokens, whose features have a scale of their own,
+against the window. The right weight is what makes the mass of the far tokens that of softmax, so it
+can be read off before any training: `log_gate = mean(log true far mass - log feature far mass)`.
+
+The three gates of NSA weigh its branches. They start where the branches together come closest to
+the dense output o, which is a least-squares problem with three unknowns:
+
+    g = argmin over [0.01, 0.99]^3 of sum over tokens |o - g_0 o_cmp - g_1 o_slc - g_2 o_win|^2
 
 Letters: B batch, H query heads, Hkv key/value heads, N tokens, D head dimension, M features,
 W window, b tokens of a block.
@@ -23,8 +28,12 @@ from attnopt.convert import mechanisms
 from attnopt.convert.interface import NAME
 from attnopt.kernels.favor.reference import log_features
 from attnopt.kernels.rows import first_real_token
-from attnopt.modules import AttentionMechanism, FavorMechanism
+from attnopt.modules import AttentionMechanism, FavorMechanism, NSAMechanism
+from attnopt.modules.nsa import START
 
+GATE_BOUNDS = (0.01, 0.99)  # of NSA's gates: beyond them a sigmoid hardly learns
+RIDGE = 1e-6  # of the mean square of a branch
+SWEEPS = 200
 _CHUNK = 2**22  # scores at a time
 
 
@@ -32,11 +41,13 @@ _CHUNK = 2**22  # scores at a time
 def calibrate(
     model: PreTrainedModel, batches: Tensor | Mapping[str, Tensor] | Iterable[Any]
 ) -> dict[int, Tensor]:
-    """Set the gate of every converted layer that has one, from the model's dense attention.
+    """Set the gates of every converted layer that has some, from the model's dense attention.
 
-    The model runs once with softmax in every layer. Where a query has far tokens, the true far
-    mass is their sum of e^s, the feature far mass their sum of phi(q).phi(k); the gate is the mean
-    difference of the logarithms. Deterministic, and independent of where the gates are now.
+    The model runs once with softmax in every layer. `Favor`: where a query has far tokens, the true
+    far mass is their sum of e^s, the feature far mass their sum of phi(q).phi(k); the gate is the
+    mean difference of the logarithms. `NSA`: the gates are the constants with which the branches
+    come closest to softmax, between 0.01 and 0.99, and a third where a branch saw nothing; what
+    they had learned is gone. Deterministic, and independent of where the gates are now.
 
     Args:
         model: a converted model.
@@ -44,8 +55,9 @@ def calibrate(
             `attention_mask`; labels are not used), or several of either.
 
     Returns:
-        The new `log_gate` `[H]` by layer index. A layer whose window covers every text keeps its
-        gate and is left out, as are layers without a gate.
+        By layer index the new `log_gate` `[H]` of `Favor`, the gates `[H, 3]` (compressed,
+        selected, window) of `NSA`. A `Favor` layer whose window covers every text keeps its gate
+        and is left out, as are layers without a gate.
 
     Raises:
         ValueError: a model without converted layers, or no batch.
@@ -54,9 +66,9 @@ def calibrate(
     if not own:
         raise ValueError("expected a model that attnopt.convert has converted; it has no mechanism")
     several: Iterable[Any] = [batches] if isinstance(batches, Tensor | Mapping) else batches
-    means = {i: _Mean() for i, m in own.items() if isinstance(m, FavorMechanism) and m.config.gate}
+    gauges = {i: g for i, m in own.items() if (g := _gauge(m)) is not None}
     count = 0
-    with _dense(model, own.values(), means):
+    with _dense(model, own.values(), gauges):
         for batch in several:
             inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
             inputs.pop("labels", None)
@@ -65,33 +77,101 @@ def calibrate(
             count += 1
     if count == 0:
         raise ValueError("expected at least one batch of token ids to calibrate on; got none")
-    found = {}
-    for index, mean in means.items():
-        if mean.count:
-            gate = own[index].log_gate
-            assert isinstance(gate, Tensor)
-            found[index] = gate.copy_(mean.total / mean.count).detach().clone()
-    return found
+    found = {index: gauge.finish() for index, gauge in gauges.items()}
+    return {index: gates for index, gates in found.items() if gates is not None}
 
 
-class _Mean:
-    """Running sum over rows, per head."""
+class _MassGauge:
+    """The log_gate of features: the mean of what they lack, over rows, per head."""
 
-    def __init__(self) -> None:
+    def __init__(self, mechanism: FavorMechanism) -> None:
+        self.mechanism = mechanism
         self.total: Any = 0.0  # [H]
         self.count = 0
 
-    def add(self, values: Tensor, rows: Tensor) -> None:
-        """Add values `[B, H, N]` where `rows` `[B, N]` is True."""
+    def add(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float, out: Tensor
+            ) -> None:
+        """Measure a batch of which softmax makes `out` `[B, H, N, D]`."""
+        values, rows = _log_ratio(self.mechanism, q, k, key_mask, scale)
         self.total = self.total + values.masked_fill(~rows[:, None], 0.0).sum((0, 2))
         self.count += int(rows.sum())
+
+    def finish(self) -> Tensor | None:
+        """Set the gate and return it; None where there was nothing to measure."""
+        gate = self.mechanism.log_gate
+        assert gate is not None
+        return gate.copy_(self.total / self.count).detach().clone() if self.count else None
+
+
+class _BranchGauge:
+    """The gates of NSA: normal equations of least squares, per head, in float64."""
+
+    def __init__(self, mechanism: NSAMechanism) -> None:
+        self.mechanism = mechanism
+        self.products: Any = 0.0  # [H, 3, 3], of branches
+        self.targets: Any = 0.0  # [H, 3], of branches and softmax
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float, out: Tensor
+            ) -> None:
+        """Measure a batch of which softmax makes `out` `[B, H, N, D]`."""
+        branches = self.mechanism.branches(q, k, v, key_mask=key_mask, scale=scale).double()
+        branches = branches * key_mask[:, None, :, None]
+        self.products = self.products + torch.einsum("xbhnd,ybhnd->hxy", branches, branches)
+        self.targets = self.targets + torch.einsum("xbhnd,bhnd->hx", branches, out.double())
+
+    def finish(self) -> Tensor:
+        """Set the gates and return them."""
+        gates = bounded_least_squares(self.products, self.targets, *GATE_BOUNDS)
+        unseen = self.products.diagonal(dim1=1, dim2=2) == 0  # in texts shorter than a block
+        gates = gates.masked_fill(unseen, START).float()
+        self.mechanism.set_gates(gates)
+        return gates
+
+
+def bounded_least_squares(products: Tensor, targets: Tensor, low: float, high: float) -> Tensor:
+    """Minimize `g.A.g / 2 - g.r` over a box: solve it, then go around it one unknown at a time.
+
+    A solution within the box is the one without it. Where A is singular a small ridge shares the
+    weight among branches that are the same.
+
+    Args:
+        products: A, `[H, 3, 3]`, positive semidefinite, float64.
+        targets: r, `[H, 3]`.
+        low: lower bound of every unknown.
+        high: upper bound.
+
+    Returns:
+        `[H, 3]`.
+    """
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    ridge = (RIDGE * diagonal.mean(1)).clamp_min(torch.finfo(products.dtype).tiny)
+    regular = products + torch.diag_embed(ridge[:, None].expand_as(diagonal))
+    diagonal = regular.diagonal(dim1=1, dim2=2)
+    found = torch.linalg.solve(regular, targets)
+    inside = ((found >= low) & (found <= high)).all(1, keepdim=True)
+    bounded = found.clamp(low, high)
+    for _ in range(SWEEPS):
+        for i in range(bounded.shape[1]):
+            slope = targets[:, i] - (regular[:, i] * bounded).sum(1)
+            bounded[:, i] = (bounded[:, i] + slope / diagonal[:, i]).clamp(low, high)
+    return torch.where(inside, found, bounded)
+
+
+def _gauge(mechanism: AttentionMechanism) -> _MassGauge | _BranchGauge | None:
+    if isinstance(mechanism, FavorMechanism) and mechanism.config.gate:
+        return _MassGauge(mechanism)
+    if isinstance(mechanism, NSAMechanism) and mechanism.config.gate:
+        return _BranchGauge(mechanism)
+    return None
 
 
 @contextmanager
 def _dense(
-    model: PreTrainedModel, own: Iterable[AttentionMechanism], means: Mapping[int, _Mean]
+    model: PreTrainedModel,
+    own: Iterable[AttentionMechanism],
+    gauges: Mapping[int, _MassGauge | _BranchGauge],
 ) -> Iterator[None]:
-    """Within this context mechanisms attend by softmax, and those with a gate are measured."""
+    """Within this context mechanisms attend by softmax, and those with gates are measured."""
 
     def run(mechanism: AttentionMechanism) -> Any:
         def forward(
@@ -106,10 +186,10 @@ def _dense(
             if key_mask is None:
                 key_mask = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
             scale = q.shape[3] ** -0.5 if scale is None else scale
-            if mechanism.layer_idx in means:
-                assert isinstance(mechanism, FavorMechanism)
-                means[mechanism.layer_idx].add(*_log_ratio(mechanism, q, k, key_mask, scale))
-            return _softmax(q, k, v, key_mask, scale)
+            out = _softmax(q, k, v, key_mask, scale)
+            if mechanism.layer_idx in gauges:
+                gauges[mechanism.layer_idx].add(q, k, v, key_mask, scale, out)
+            return out
 
         return forward
 

@@ -119,6 +119,14 @@ def distill(
     stabilizer: options.Stabilizer = None,
     norms: options.Norms = None,
     redraw_every: options.RedrawEvery = None,
+    combine: options.Combine = None,
+    select_block: options.SelectBlock = None,
+    compress_block: options.CompressBlock = None,
+    compress_stride: options.CompressStride = None,
+    num_selected: options.NumSelected = None,
+    sink_blocks: options.SinkBlocks = None,
+    local_blocks: options.LocalBlocks = None,
+    compression: options.Compression = None,
     layers: options.Layers = None,
     train: Annotated[
         Literal["coefficients", "attention", "all"],
@@ -168,21 +176,9 @@ def distill(
     Writes the student, checkpoints, curves and masks to the output folder, and run.json with this
     command. `attnopt evaluate`, `generate --compare` and `report` go on from there.
     """
+    config = options.build_config(attention, options.of_attention(locals()))
     if steps + match_steps == 0:
         raise UserError("nothing to train: --steps and --match-steps are both 0")
-    given = {
-        "window": window,
-        "sinks": sinks,
-        "mask": mask,
-        "per_head": per_head,
-        "init": init,
-        "features": features,
-        "window_block": window_block,
-        "stabilizer": stabilizer,
-        "norms": norms,
-        "redraw_every": redraw_every,
-    }
-    config = options.build_config(attention, given)
     from attnopt import distill as module
 
     folder = module.distill(

@@ -14,21 +14,21 @@ PANEL = "Attention"
 # What BASED pairs its Taylor features with (Arora et al. 2024): one exact block and its past.
 BASED_WINDOW = 33
 
-AttentionName = Literal["lastk", "masks", "performer", "kerformer", "hedgehog", "based"]
+AttentionName = Literal["lastk", "masks", "performer", "kerformer", "hedgehog", "based", "nsa"]
 Attention = Annotated[
     AttentionName,
     typer.Option(
         rich_help_panel=PANEL,
-        help="Mechanism: last tokens, mixed masks; or linear, through random features (performer), "
-        "learned ones (kerformer, hedgehog) or a Taylor series (based).",
+        help="Mechanism: last tokens, mixed masks; linear, through random features (performer), "
+        "learned ones (kerformer, hedgehog) or a Taylor series (based); or blocks (nsa).",
     ),
 ]
 Window = Annotated[
     int | None,
     typer.Option(
         rich_help_panel=PANEL,
-        help="Tokens seen (lastk), or seen exactly beside the features.",
-        show_default="lastk 5, based 33, else 0",
+        help="Tokens seen (lastk), or seen exactly beside the features or blocks.",
+        show_default="lastk 5, based 33, nsa 128, else 0",
     ),
 ]
 Sinks = Annotated[
@@ -92,6 +92,66 @@ RedrawEvery = Annotated[
         show_default="never",
     ),
 ]
+Combine = Annotated[
+    Literal["merged", "gates"] | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa: one softmax over all, or the paper's three with gates.",
+        show_default="merged",
+    ),
+]
+SelectBlock = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL, help="nsa: tokens of a selection block.", show_default="32"
+    ),
+]
+CompressBlock = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa with gates: tokens of a compressed block.",
+        show_default="as --select-block",
+    ),
+]
+CompressStride = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa with gates: tokens from one compressed block to the next.",
+        show_default="half a block",
+    ),
+]
+NumSelected = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa: blocks seen token by token, with forced ones.",
+        show_default="4",
+    ),
+]
+SinkBlocks = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa: first blocks always selected.",
+        show_default="0, with gates 1",
+    ),
+]
+LocalBlocks = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=PANEL, help="nsa with gates: last blocks always selected.", show_default="2"
+    ),
+]
+Compression = Annotated[
+    Literal["mean", "weighted", "mlp"] | None,
+    typer.Option(
+        rich_help_panel=PANEL,
+        help="nsa: how a block becomes one key and value; all start as the mean.",
+        show_default="mean",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(rich_help_panel=PANEL, help="Those to convert, as 0,2,6-11.", show_default="all"),
@@ -104,7 +164,16 @@ _FLAGS = {
     "kerformer": ("features", "window", "window_block", "stabilizer", "norms"),
     "hedgehog": ("features", "window", "window_block", "stabilizer"),
     "based": ("window", "window_block"),
-}
+    "nsa": (
+        "combine", "select_block", "compress_block", "compress_stride", "num_selected", "window",
+        "sink_blocks", "local_blocks", "compression",
+    ),
+}  # fmt: skip
+
+
+def of_attention(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's arguments that belong to some mechanism."""
+    return {name: arguments[name] for names in _FLAGS.values() for name in names}
 
 
 def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
@@ -118,7 +187,7 @@ def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
         UserError: an option that means nothing to this mechanism.
         ValueError: a value that the config refuses.
     """
-    from attnopt.config import Favor, LastK, Masks
+    from attnopt.config import NSA, Favor, LastK, Masks
 
     given = {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     known = _FLAGS[attention]
@@ -136,6 +205,8 @@ def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
         if masks:
             given["candidates"] = tuple(_candidate(mask) for mask in masks)
         return Masks(**given)
+    if attention == "nsa":
+        return NSA(**given)
     if "features" in given:
         given["num_features"] = given.pop("features")
     if attention == "based":

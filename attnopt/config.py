@@ -1,6 +1,6 @@
 """What replaces a layer's attention: plain dataclasses that import nothing and travel as JSON.
 
-`LastK`, `Masks` and `Favor` are mechanisms; `NthLast`, `Window`, `First` and `Every` are the
+`LastK`, `Masks`, `Favor` and `NSA` are mechanisms; `NthLast`, `Window`, `First` and `Every` are the
 candidate masks that `Masks` mixes. Positions count from a row's first real token, so padding
 changes nothing.
 """
@@ -17,6 +17,9 @@ _WITHOUT_TRITON = ("auto", "eager", "reference")
 FEATURE_MAPS = ("favor", "hedgehog", "exp", "relu", "taylor")
 NORMS = ("chi", "constant")
 STABILIZERS = ("running", "static")
+COMBINES = ("merged", "gates")
+COMPRESSIONS = ("mean", "weighted", "mlp")
+REGIMES = ("auto", "short", "long")
 MAX_BLOCK = 128  # tokens of a block at the edge of an exact window
 
 
@@ -36,7 +39,21 @@ def _check_flag(name: str, value: Any) -> None:
 
 
 @dataclass(frozen=True)
-class LastK:
+class _Mechanism:
+    mechanism: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON types; `config_from_dict` reads it back."""
+        return {"mechanism": self.mechanism, **asdict(self)}
+
+    def _default(self, **values: Any) -> None:
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class LastK(_Mechanism):
     """Softmax over the last `window` tokens and the first `sinks`, each with a learned weight.
 
     The weight of an offset is `sigmoid(alpha)`, one alpha per offset and one per sink.
@@ -67,10 +84,6 @@ class LastK:
         _check_flag("per_head", self.per_head)
         _check_choice("init", self.init, INITS)
         _check_choice("backend", self.backend, BACKENDS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as JSON types; `config_from_dict` reads it back."""
-        return {"mechanism": self.mechanism, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ _CANDIDATES = {cls.candidate: cls for cls in (NthLast, Window, First, Every)}
 
 
 @dataclass(frozen=True)
-class Masks:
+class Masks(_Mechanism):
     """Softmax under a learned mixture of candidate masks, `m = sum_c sigmoid(alpha_c) M_c`.
 
     Sets of `NthLast`, `Window` and `First` run on the band kernel in linear time; a set with
@@ -165,11 +178,11 @@ class Masks:
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON types; `config_from_dict` reads it back."""
         candidates = [{"candidate": c.candidate, **asdict(c)} for c in self.candidates]
-        return {"mechanism": self.mechanism, **asdict(self), "candidates": candidates}
+        return {**super().to_dict(), "candidates": candidates}
 
 
 @dataclass(frozen=True)
-class Favor:
+class Favor(_Mechanism):
     """Linear attention through positive features: FAVOR+ (the Performer) and its family.
 
     With a window the nearest tokens enter with their exact softmax weight, under one normalizer.
@@ -231,15 +244,11 @@ class Favor:
             raise ValueError("gate=True needs a window: without one the gate cancels")
 
     def _fill_in(self) -> None:
-        chosen: dict[str, Any] = {}
-        if self.num_features is None and self.feature_map in ("favor", "exp", "relu"):
-            chosen["num_features"] = 128
-        if self.learned is None:
-            chosen["learned"] = self.feature_map in ("hedgehog", "exp")
-        if self.gate is None:
-            chosen["gate"] = self.window > 0 and self.feature_map != "favor"
-        for name, value in chosen.items():
-            object.__setattr__(self, name, value)
+        self._default(
+            num_features=128 if self.feature_map in ("favor", "exp", "relu") else None,
+            learned=self.feature_map in ("hedgehog", "exp"),
+            gate=self.window > 0 and self.feature_map != "favor",
+        )
 
     def _check_features(self) -> None:
         name = self.feature_map
@@ -269,13 +278,91 @@ class Favor:
                     f"got {self.num_features}"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config as JSON types; `config_from_dict` reads it back."""
-        return {"mechanism": self.mechanism, **asdict(self)}
+
+@dataclass(frozen=True)
+class NSA(_Mechanism):
+    """Native Sparse Attention: compressed blocks, the best blocks token by token, recent tokens.
+
+    What is left out is filled in here, so a config holds every value that it stands for.
+
+    Args:
+        combine: "merged" (one softmax in which every token counts once, exactly or through its
+            block) or "gates" (the paper's three softmaxes, weighed by gates from the hidden state).
+        select_block: tokens of a block that is selected or not.
+        compress_block: tokens of a compressed block; by default (always with "merged") as many.
+        compress_stride: tokens from one compressed block to the next, at most a block; by default
+            a block, with "gates" half of one where it is even.
+        num_selected: selected blocks of a query, counting sinks and local ones.
+        window: recent tokens that are seen exactly.
+        sink_blocks: first blocks that are always selected; by default 0, with "gates" 1.
+        local_blocks: last blocks that are always selected; by default 2. Only with "gates".
+        compression: of a block's tokens: "mean", "weighted" or "mlp", which start as the mean.
+        regime: "short", "long" or "auto", as in `attnopt.nsa_attention`.
+        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses.
+
+    Raises:
+        ValueError: a value outside these, or two that exclude each other.
+    """
+
+    mechanism: ClassVar[str] = "nsa"
+
+    combine: str = "merged"
+    select_block: int = 32
+    compress_block: int | None = None
+    compress_stride: int | None = None
+    num_selected: int = 4
+    window: int = 128
+    sink_blocks: int | None = None
+    local_blocks: int | None = None
+    compression: str = "mean"
+    regime: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("combine", self.combine, COMBINES)
+        _check_choice("compression", self.compression, COMPRESSIONS)
+        _check_choice("regime", self.regime, REGIMES)
+        _check_choice("backend", self.backend, BACKENDS)
+        self._fill_in()
+        for name in ("select_block", "compress_block", "compress_stride", "window"):
+            _check_count(name, getattr(self, name), 1)
+        _check_count("num_selected", self.num_selected, int(self.gate))
+        _check_count("sink_blocks", self.sink_blocks, 0)
+        block, stride, forced = self.compress_block, self.compress_stride, self.sink_blocks
+        assert block and stride and forced is not None
+        if self.gate:
+            _check_count("local_blocks", self.local_blocks, 0)
+            forced += self.local_blocks or 0
+        elif self.local_blocks is not None:
+            raise ValueError(f"combine='merged' has no local_blocks; got {self.local_blocks!r}")
+        elif not block == stride == self.select_block:
+            raise ValueError(
+                "combine='merged' counts every token once: compress_block and compress_stride must "
+                f"be select_block, {self.select_block}; got {block} and {stride}"
+            )
+        if stride > block:
+            raise ValueError(f"compress_stride must be at most {block}, a block; got {stride}")
+        if self.num_selected < forced:
+            raise ValueError(f"num_selected counts {forced} forced blocks; got {self.num_selected}")
+
+    @property
+    def gate(self) -> bool:
+        """Whether there are gates to learn."""
+        return self.combine == "gates"
+
+    def _fill_in(self) -> None:
+        block = self.select_block if self.compress_block is None else self.compress_block
+        whole = not self.gate or not isinstance(block, int) or block % 2
+        self._default(
+            compress_block=block,
+            compress_stride=block if whole else block // 2,
+            sink_blocks=int(self.gate),
+            local_blocks=2 if self.gate else None,
+        )
 
 
-Config = LastK | Masks | Favor
-MECHANISMS = {cls.mechanism: cls for cls in (LastK, Masks, Favor)}
+Config = LastK | Masks | Favor | NSA
+MECHANISMS = {cls.mechanism: cls for cls in (LastK, Masks, Favor, NSA)}
 
 
 def config_from_dict(data: Mapping[str, Any]) -> Config:

@@ -35,6 +35,10 @@ def _match_and_distill(steps: int) -> list[str]:
 
 
 _WINDOW = ["--window", "33", "--window-block", "32"]
+_BLOCKS = [
+    *("--attention", "nsa", "--select-block", "16", "--window", "32"),
+    *("--compression", "weighted", "--learning-rate", "2e-4"),
+]
 # Coefficients learn faster than weights, or 300 steps would not move them visibly.
 STUDENTS = {
     "last-5": [
@@ -57,7 +61,9 @@ STUDENTS = {
         *_match_and_distill(300),
         *("--attention", "kerformer", "--features", "64", "--norms", "constant", *_WINDOW),
     ],
+    "nsa": [*_DISTILL, *_BLOCKS, "--num-selected", "2"],
+    "nsa-gates": [*_DISTILL, *_BLOCKS, "--combine", "gates", "--num-selected", "4"],
 }
 EVALUATE = ["--max-tokens", "65536"]
 # Students that are timed and quoted: one of each kind of cache.
-GENERATE = ("last-5", "last-32-sinks", "performer")
+GENERATE = ("last-5", "last-32-sinks", "performer", "nsa")

@@ -79,8 +79,8 @@ def distill(
     training: fields of DistillationArguments; DEFAULTS holds what differs from its own defaults.
     max_steps counts those of `match_steps` too, which come first.
 
-    Gates between a window and features start where `attnopt.calibrate` puts them on a few training
-    sequences. Dropout is 0 in the student: its noise would be part of what the teacher is to
+    Gates, between a window and features or of NSA's branches, start where `attnopt.calibrate` puts
+    them on a few training sequences. Dropout is 0 in the student: its noise would be part of what the teacher is to
     explain. The folder gets run.json, history.json, masks.json, start/ (the mechanisms before
     training), checkpoints/ and student/.
 

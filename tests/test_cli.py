@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnopt import Favor, First, LastK, Masks, NthLast, UserError, Window, __version__, cli
+from attnopt import NSA, Favor, First, LastK, Masks, NthLast, UserError, Window, __version__, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report")
@@ -180,6 +180,28 @@ def test_feature_attention_is_read(run, recorded, flags, config):
     assert calls[0]["training"]["redraw_every"] == (7 if "redraw" in flags else None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        ("", NSA()),
+        ("--select-block 16 --num-selected 2 --window 33 --sink-blocks 1 --compression weighted",
+         NSA(select_block=16, num_selected=2, window=33, sink_blocks=1, compression="weighted")),
+        ("--combine merged --num-selected 0", NSA(num_selected=0)),
+        ("--combine gates", NSA("gates")),
+        ("--combine gates --select-block 64 --compress-block 32 --compress-stride 16 "
+         "--num-selected 16 --window 512 --sink-blocks 0 --local-blocks 1 --compression mlp",
+         NSA("gates", 64, 32, 16, 16, 512, 0, 1, "mlp")),
+    ],
+)  # fmt: skip
+def test_sparse_attention_is_read(run, recorded, flags, config):
+    from attnopt import distill as module
+
+    calls = recorded(module, "distill")
+    status, _, err = run(*DISTILL, "--attention", "nsa", *flags.split())
+    assert status == 0, err
+    assert calls[0]["config"] == config
+
+
 def test_pretrain_passes_everything_on(run, recorded):
     from attnopt import pretrain as module
 
@@ -239,6 +261,13 @@ DISTILL = ("distill", "--model", "m", "--data", "demo", "--output", "o")
         ((*DISTILL, "--attention", "hedgehog", "--features", "7"), "must be even"),
         ((*DISTILL, "--attention", "based", "--features", "8"), "--features has no meaning"),
         ((*DISTILL, "--attention", "based", "--stabilizer", "static"), "--stabilizer has no"),
+        ((*DISTILL, "--select-block", "8"), "--select-block has no meaning with --attention lastk"),
+        ((*DISTILL, "--attention", "nsa", "--sinks", "1"), "--sinks has no meaning"),
+        ((*DISTILL, "--attention", "nsa", "--window", "0"), "window must be an integer >= 1; got"),
+        ((*DISTILL, "--attention", "nsa", "--local-blocks", "1"), "merged' has no local_blocks"),
+        ((*DISTILL, "--attention", "nsa", "--compress-stride", "8"), "must be select_block, 32"),
+        ((*DISTILL, "--attention", "nsa", "--combine", "gates", "--num-selected", "2"),
+         "num_selected counts 3 forced blocks; got 2"),
         ((*DISTILL, "--steps", "0"), "--steps and --match-steps are both 0"),
         ((*DISTILL, "--attention", "masks", "--mask", "last:3"), "--mask takes nth:N"),
         ((*DISTILL, "--layers", "1,x"), "--layers takes numbers and ranges"),

@@ -9,9 +9,13 @@ import pytest
 
 from attnopt.config import (
     BACKENDS,
+    COMBINES,
+    COMPRESSIONS,
     FEATURE_MAPS,
     MAX_BLOCK,
     NORMS,
+    NSA,
+    REGIMES,
     STABILIZERS,
     Every,
     Favor,
@@ -24,6 +28,8 @@ from attnopt.config import (
 )
 from attnopt.kernels import dispatch
 from attnopt.kernels.favor import arguments, projections
+from attnopt.kernels.nsa import arguments as nsa_arguments
+from attnopt.modules.compressors import COMPRESSORS
 
 CONFIGS = [
     LastK(),
@@ -37,6 +43,9 @@ CONFIGS = [
     Favor(32, feature_map="exp", stabilizer="static"),
     Favor(feature_map="taylor", window=16, gate=False, backend="eager"),
     Favor(16, learned=True),
+    NSA(),
+    NSA(select_block=16, num_selected=2, window=33, compression="mlp", backend="triton"),
+    NSA("gates", 64, 32, 16, 16, 512, 1, 2, "weighted", regime="long", backend="eager"),
 ]
 
 
@@ -71,6 +80,21 @@ def test_favor_fills_in_what_is_left_out():
     assert Favor(feature_map="taylor", window=33, gate=False) != Favor(
         feature_map="taylor", window=33
     )
+
+
+def test_nsa_fills_in_what_is_left_out():
+    def filled(config):
+        sizes = config.compress_block, config.compress_stride
+        return *sizes, config.sink_blocks, config.local_blocks
+
+    assert filled(NSA()) == (32, 32, 0, None)
+    assert filled(NSA(select_block=5, sink_blocks=1)) == (5, 5, 1, None)
+    assert filled(NSA("gates")) == (32, 16, 1, 2)
+    assert filled(NSA("gates", select_block=5)) == (5, 5, 1, 2)
+    assert filled(NSA("gates", compress_block=8)) == (8, 4, 1, 2)
+    assert filled(NSA("gates", compress_stride=8, sink_blocks=0, local_blocks=1)) == (32, 8, 0, 1)
+    assert NSA() == NSA(compress_block=32, compress_stride=32, sink_blocks=0)
+    assert [NSA().gate, NSA("gates").gate] == [False, True]
 
 
 def test_dense_sets_are_those_with_every():
@@ -124,6 +148,25 @@ def test_dense_sets_are_those_with_every():
             lambda: Favor(feature_map="relu", backend="triton"),
             "backend must be one of auto, eager, reference; got 'triton'",
         ),
+        (lambda: NSA("sum"), "combine must be one of merged, gates; got 'sum'"),
+        (lambda: NSA(select_block=0), "select_block must be an integer >= 1; got 0"),
+        (lambda: NSA("gates", select_block=8.0), "select_block must be an integer >= 1; got 8.0"),
+        (lambda: NSA("gates", compress_block=0), "compress_block must be an integer >= 1; got 0"),
+        (lambda: NSA("gates", compress_stride=-1), "compress_stride must be an integer >= 1"),
+        (lambda: NSA("gates", compress_stride=33), "compress_stride must be at most 32, a block"),
+        (lambda: NSA(compress_block=16), "must be select_block, 32; got 16 and 16"),
+        (lambda: NSA(compress_stride=16), "must be select_block, 32; got 32 and 16"),
+        (lambda: NSA(local_blocks=0), "combine='merged' has no local_blocks; got 0"),
+        (lambda: NSA(num_selected=-1), "num_selected must be an integer >= 0; got -1"),
+        (lambda: NSA("gates", num_selected=0), "num_selected must be an integer >= 1; got 0"),
+        (lambda: NSA(num_selected=1, sink_blocks=2), "counts 2 forced blocks; got 1"),
+        (lambda: NSA("gates", num_selected=2), "counts 3 forced blocks; got 2"),
+        (lambda: NSA(window=0), "window must be an integer >= 1; got 0"),
+        (lambda: NSA(sink_blocks=-1), "sink_blocks must be an integer >= 0; got -1"),
+        (lambda: NSA("gates", local_blocks=True), "local_blocks must be an integer >= 0"),
+        (lambda: NSA(compression="max"), "compression must be one of mean, weighted, mlp; got"),
+        (lambda: NSA(regime="wide"), "regime must be one of auto, short, long; got 'wide'"),
+        (lambda: NSA(backend="cuda"), "backend must be one of auto, triton, eager, reference"),
     ],
 )
 def test_refuses(make, message):
@@ -135,10 +178,11 @@ def test_refuses(make, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "mechanism must be one of lastk, masks, favor; got None"),
-        ({"mechanism": "softmax"}, "mechanism must be one of lastk, masks, favor; got 'softmax'"),
+        ({}, "mechanism must be one of lastk, masks, favor, nsa; got None"),
+        ({"mechanism": "softmax"}, "mechanism must be one of .*; got 'softmax'"),
         ({"mechanism": "lastk", "size": 3}, "lastk has the fields window, sinks"),
         ({"mechanism": "favor", "features": 3}, "favor has the fields num_features, feature_map"),
+        ({"mechanism": "nsa", "size": 3}, "nsa has the fields combine, select_block"),
         ({"mechanism": "lastk", "window": 0}, "window must be an integer >= 1"),
         (
             {"mechanism": "masks", "candidates": [{"candidate": "last"}]},
@@ -167,3 +211,6 @@ def test_configs_and_kernels_name_the_same_choices():
     assert STABILIZERS == arguments.STABILIZERS
     assert MAX_BLOCK == arguments.MAX_BLOCK
     assert NORMS == projections.NORMS
+    assert COMBINES == nsa_arguments.COMBINES
+    assert REGIMES == nsa_arguments.REGIMES
+    assert COMPRESSIONS == tuple(COMPRESSORS)

@@ -22,7 +22,7 @@ errors kernels.common kernels.rows kernels.checks kernels.dispatch kernels.inter
 kernels.*.*
 kernels.*.op
 kernels.* config testing testing.*
-caches modules modules.*
+caches caches.* modules modules.*
 convert convert.* calibration
 hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
 pretrain evaluate generate samples report report.*

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from attnopt import Favor
+from attnopt import NSA, Favor
 from attnopt.errors import UserError
 from attnopt.report import load_runs, write_report
 from attnopt.report.page import byte_count, number
@@ -257,6 +257,8 @@ def test_user_mistakes(write_run, tmp_path):
         (Favor(feature_map="taylor", window=33).to_dict(), "based + last 33"),
         ({"0": Favor(8, "relu").to_dict(), "1": {"mechanism": "lastk", "window": 9}},
          "relu M=8 / last-9"),
+        (NSA(select_block=16, num_selected=2, window=32).to_dict(), "nsa 2x16 + last 32"),
+        (NSA(combine="gates").to_dict(), "nsa gates 4x32 + last 128"),
         (None, "student"),
     ],
 )  # fmt: skip

@@ -6,12 +6,14 @@ from attnopt.config import MECHANISMS, Config
 from attnopt.modules.base import AttentionMechanism
 from attnopt.modules.favor import FavorMechanism, redraw
 from attnopt.modules.masks import LastKMechanism, MasksMechanism
+from attnopt.modules.nsa import NSAMechanism
 
 __all__ = [
     "AttentionMechanism",
     "FavorMechanism",
     "LastKMechanism",
     "MasksMechanism",
+    "NSAMechanism",
     "build_mechanism",
     "redraw",
 ]
@@ -20,6 +22,7 @@ _CLASSES: dict[str, type[AttentionMechanism]] = {
     "favor": FavorMechanism,
     "lastk": LastKMechanism,
     "masks": MasksMechanism,
+    "nsa": NSAMechanism,
 }
 
 

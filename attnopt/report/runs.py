@@ -109,6 +109,10 @@ def describe(attention: Mapping[str, Any] | None) -> str:
         return f"last-{attention['window']}{extra}{per_head}"
     if attention["mechanism"] == "masks":
         return f"{len(attention['candidates'])} masks{per_head}"
+    if attention["mechanism"] == "nsa":
+        gates = "gates " if attention["combine"] == "gates" else ""
+        blocks = f"{attention['num_selected']}x{attention['select_block']}"
+        return f"nsa {gates}{blocks} + last {attention['window']}"
     return _describe_features(attention) if "feature_map" in attention else attention["mechanism"]
 
 
