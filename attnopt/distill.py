@@ -80,9 +80,9 @@ def distill(
     max_steps counts those of `match_steps` too, which come first.
 
     Gates, between a window and features or of NSA's branches, start where `attnopt.calibrate` puts
-    them on a few training sequences. Dropout is 0 in the student: its noise would be part of what the teacher is to
-    explain. The folder gets run.json, history.json, masks.json, start/ (the mechanisms before
-    training), checkpoints/ and student/.
+    them on a few training sequences. Dropout is 0 in the student: its noise would be part of what
+    the teacher is to explain. The folder gets run.json, history.json, masks.json, start/ (the
+    mechanisms before training), checkpoints/ and student/.
 
     Raises UserError for what the user can mend, before training where that is possible.
     """
