@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -69,8 +70,11 @@ def resolve_backend(backend: str, q: torch.Tensor) -> str:
     return backend
 
 
-def harmonize_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast q, k and v to the autocast dtype where autocast is on; weights keep their precision."""
+def harmonize_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast q, k and v to the autocast dtype where autocast is on; weights keep their precision.
+
+    What is not a tensor, None above all, is left as it is.
+    """
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors

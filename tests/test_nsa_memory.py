@@ -68,7 +68,7 @@ def allocations(n, heads, pattern):
                 "offset": 0, "block": p.block, "stride": p.stride, "delay": p.delay, "scale": 0.125
             }  # fmt: skip
             chosen = triton_select.select(
-                q, k_cmp, rows.bias, rows.real, rows.start, count=p.count, sinks=p.sinks,
+                q, k_cmp, rows.bias, rows.real, rows.start, count=p.far, sinks=p.sinks,
                 select_block=p.select_block, near_window=p.near_window, **compressed,
             )  # fmt: skip
             left_out = chosen if p.combine == "merged" else chosen[..., :0]

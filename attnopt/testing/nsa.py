@@ -85,10 +85,11 @@ def _sizes(shape: Mapping[str, int], config: Mapping[str, object]) -> dict[str, 
 
 def _run(shape: Mapping[str, int], config: Mapping[str, object], phase: str, inputs: Tensors
          ) -> Tensors:
-    sizes = _sizes(shape, config)
+    sizes, tensors = _sizes(shape, config), dict[str, Any](inputs)
     if phase == "decode":
-        return {"out": nsa_decode(**inputs, **sizes)}
-    return _evaluate(partial(nsa_attention, regime=config["regime"], **sizes), phase, inputs)
+        return {"out": nsa_decode(**tensors, **sizes)}
+    regime = str(config["regime"])
+    return _evaluate(partial(nsa_attention, regime=regime, **sizes), phase, inputs)
 
 
 def _ref(shape: Mapping[str, int], config: Mapping[str, object], phase: str, inputs: Tensors

@@ -29,7 +29,7 @@ class Pattern(NamedTuple):
         block: tokens of a compressed block.
         stride: tokens between compressed blocks.
         select_block: tokens of a selection block.
-        count: far blocks that are selected.
+        far: blocks that are selected beyond the near tokens.
         sinks: first blocks that are among them.
         near_window: near tokens of the selected branch.
         window: tokens of the sliding window.
@@ -40,7 +40,7 @@ class Pattern(NamedTuple):
     block: int
     stride: int
     select_block: int
-    count: int
+    far: int
     sinks: int
     near_window: int
     window: int

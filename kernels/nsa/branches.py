@@ -129,12 +129,12 @@ def select_blocks(
     check_compressed(q, k_cmp, None, tokens, compress_block, compress_stride)
     scale = check_scale(scale, q.shape[3])
     backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, pattern.count)
+    check_triton_limits(backend, q, pattern.far)
     if backend == "reference":
         with torch.no_grad():
             chosen = select_reference(
                 q, k_cmp, compress_block=compress_block, compress_stride=compress_stride,
-                select_block=select_block, count=pattern.count, sinks=sink_blocks,
+                select_block=select_block, count=pattern.far, sinks=sink_blocks,
                 near_window=pattern.near_window, num_tokens=tokens, key_mask=key_mask, scale=scale,
             )
     else:

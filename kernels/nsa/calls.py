@@ -52,7 +52,7 @@ class Call(NamedTuple):
         with torch.no_grad():
             return torch.ops.attnopt.nsa_select(
                 q.detach(), k_cmp.detach(), self.bias, self.real, self.start,
-                self.tokens - q.shape[2], p.count, p.sinks, p.block, p.stride, p.select_block,
+                self.tokens - q.shape[2], p.far, p.sinks, p.block, p.stride, p.select_block,
                 p.near_window, p.delay, self.scale, self.backend,
             )
 

@@ -131,13 +131,12 @@ def nsa_attention(
     branches = [check_branch(n, x, d) for n, x, d in zip(names, own, (k, v, k, v), strict=True)]
     scale = check_scale(scale, q.shape[3])
     backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, pattern.count)
+    check_triton_limits(backend, q, pattern.far)
     regime = choose_regime(regime, k.shape[2], backend)
     if backend == "reference":
-        return nsa_reference(
-            q, k, v, k_cmp, v_cmp, gates=gates, key_mask=key_mask, scale=scale,
-            **_sizes(pattern), **dict(zip(names, own, strict=True)),
-        )
+        separate: dict[str, Any] = dict(zip(names, own, strict=True))
+        return nsa_reference(q, k, v, k_cmp, v_cmp, gates=gates, key_mask=key_mask, scale=scale,
+                             **_sizes(pattern), **separate)
     tokens, merged = k.shape[2], combine == "merged"
     ks, vs, kw, vw = branches
     call = make_call(pattern, tokens, key_mask, k, scale, regime, backend)
@@ -214,12 +213,14 @@ def nsa_decode(
     """
     if isinstance(q, Tensor) and q.dim() == 4 and q.shape[2] != 1:
         raise ValueError(f"nsa_decode takes one query token; got {q.shape[2]}")
-    sizes = {
+    sizes: dict[str, Any] = {
         "compress_block": compress_block, "compress_stride": compress_stride,
         "select_block": select_block, "num_selected": num_selected, "window": window,
         "sink_blocks": sink_blocks, "local_blocks": local_blocks,
     }
-    own = {"k_select": k_select, "v_select": v_select, "k_window": k_window, "v_window": v_window}
+    own: dict[str, Any] = {
+        "k_select": k_select, "v_select": v_select, "k_window": k_window, "v_window": v_window,
+    }
     with torch.no_grad():
         if backend not in ("auto", "eager"):
             return nsa_attention(q, k, v, k_cmp, v_cmp, gates=gates, combine=combine,
@@ -253,7 +254,7 @@ def _sizes(p: Pattern) -> dict[str, Any]:
     local = 0 if merged or not p.near_window else (p.near_window - 1) // p.select_block + 1
     return {
         "combine": p.combine, "compress_block": p.block, "compress_stride": p.stride,
-        "select_block": p.select_block, "num_selected": p.count + local, "window": p.window,
+        "select_block": p.select_block, "num_selected": p.far + local, "window": p.window,
         "sink_blocks": p.sinks, "local_blocks": None if merged else local,
     }
 

@@ -61,7 +61,7 @@ def selected_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     lse, delta = lse.contiguous(), delta.contiguous()
     job = _Job(q, k, v, key_mask, start, chosen, select_block, near_window, scale, regime)
-    upstream = {
+    upstream: dict[str, Any] = {
         "do_ptr": grad, "lse_ptr": lse, "delta_ptr": delta,
         "do_strides": grad.stride(), "lse_strides": lse.stride(),
     }
@@ -108,12 +108,12 @@ class _Job:
         self.chosen = _cut_blocks(chosen, self.pieces).contiguous()
         self.S = self.chosen.shape[3]
         self.segments = count_segments(self.Nq * self.S, self.blocks * self.pieces)
-        masked = key_mask is not None
+        masked, mask = key_mask is not None, k if key_mask is None else key_mask
         self.shared: dict[str, Any] = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "start_ptr": start,
-            "mask_ptr": key_mask.view(torch.uint8) if masked else k,
+            "mask_ptr": mask.view(torch.uint8) if masked else k,
             "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
-            "mask_strides": key_mask.stride() if masked else (0, 0),
+            "mask_strides": mask.stride() if masked else (0, 0),
             "Hkv": self.Hkv, "G": self.G, "Nq": self.Nq, "Nk": self.Nk, "b": b, "scale": scale,
             "DIM": self.D, "COLS": self.cols, "GROUP": self.group, "HAS_MASK": masked,
             "PRECISION": input_precision(q.dtype),
