@@ -34,6 +34,8 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"k and v must have one shape; got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     batch, heads, queries, dim = q.shape
+    if 0 in q.shape:
+        raise ValueError(f"q must not have an empty dimension; got shape {tuple(q.shape)}")
     if k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(
             f"k and v must share batch size {batch} and head_dim {dim} with q; "
@@ -44,8 +46,6 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"the number of key/value heads must divide the number of query heads, {heads}; "
             f"got {k.shape[1]}"
         )
-    if queries < 1 or batch < 1 or dim < 1:
-        raise ValueError(f"q must not have an empty dimension; got shape {tuple(q.shape)}")
     if k.shape[2] < queries:
         raise ValueError(
             f"k and v must hold at least as many tokens as q, {queries} (the queries are the last "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.checks import FLOATS
+from attnopt.kernels.dispatch import resolve_backend
 from attnopt.kernels.nsa.geometry import compressed_count, near_window_of
 
 COMBINES = ("merged", "gates")
@@ -67,8 +68,8 @@ def gates_pattern(block: int, stride: int, select_block: int, num_selected: int,
     """
     sinks = check_size("sink_blocks", 1 if sink_blocks is None else sink_blocks, 0)
     local = check_size("local_blocks", 2 if local_blocks is None else local_blocks, 0)
-    for name, value in (("compress_block", block), ("compress_stride", stride),
-                        ("select_block", select_block), ("num_selected", num_selected),
+    for name, value in (("select_block", select_block), ("compress_block", block),
+                        ("compress_stride", stride), ("num_selected", num_selected),
                         ("window", window)):
         check_size(name, value)
     if num_selected < sinks + local:
@@ -118,17 +119,18 @@ def check_queries(q: Tensor) -> None:
         raise ValueError(f"q must not have an empty dimension; got shape {tuple(q.shape)}")
 
 
-def check_compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor | None, tokens: int, block: int,
-                     stride: int) -> None:
-    """Check compressed keys and values `[B, Hkv, P, D]` of so many tokens against `q`.
+def check_compressed(q: Tensor, compressed: dict[str, Tensor], tokens: int, block: int,
+                     stride: int, heads: int | None = None) -> None:
+    """Check compressed keys and values `[B, Hkv, P, D]`, by name, of so many tokens against `q`.
+
+    `heads` is Hkv where there are keys that tell; otherwise it must divide the query heads.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     count = compressed_count(tokens, block, stride)
-    for name, x in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
-        if name == "v_cmp" and x is None:
-            continue
+    shapes = [tuple(x.shape) for x in compressed.values() if isinstance(x, Tensor)]
+    for name, x in compressed.items():
         if not isinstance(x, Tensor) or x.dim() != 4:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must have 4 dimensions [batch, key heads, blocks, head_dim]; "
@@ -136,9 +138,11 @@ def check_compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor | None, tokens: int
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must have the dtype and device of q, {q.dtype} on "
                              f"{q.device}; got {x.dtype} on {x.device}")
-        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3] or x.shape != k_cmp.shape:
+        if x.shape[0] != q.shape[0] or x.shape[3] != q.shape[3] or tuple(x.shape) != shapes[0]:
             raise ValueError(f"k_cmp and v_cmp must share batch size {q.shape[0]} and head_dim "
                              f"{q.shape[3]} with q, and their shape; got {name} {tuple(x.shape)}")
+        if heads is not None and x.shape[1] != heads:
+            raise ValueError(f"{name} must have the {heads} heads of k; got {x.shape[1]}")
         if x.shape[1] == 0 or q.shape[1] % x.shape[1]:
             raise ValueError("the number of key/value heads must divide the number of query heads, "
                              f"{q.shape[1]}; got {name} with {x.shape[1]}")
@@ -147,18 +151,23 @@ def check_compressed(q: Tensor, k_cmp: Tensor, v_cmp: Tensor | None, tokens: int
                              f"{stride}; got {name} with {x.shape[2]} (mean_compress makes them)")
 
 
-def check_branch(name: str, x: Tensor | None, k: Tensor) -> Tensor:
-    """A branch's own keys or values, those of all where it has none.
+def check_branches(separate: dict[str, Tensor | None], k: Tensor, combine: str) -> None:
+    """Check keys and values of branches, by name, None where a branch has none of its own.
 
     Raises:
-        ValueError: not of the shape, dtype and device of `k`.
+        ValueError: not of the shape, dtype and device of `k`, or given with "merged".
     """
-    if x is None:
-        return k
-    if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (k.shape, k.dtype, k.device):
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be like k, {k.dtype} {tuple(k.shape)}; got {got}")
-    return x
+    for name, x in separate.items():
+        if x is None:
+            continue
+        if combine == "merged":
+            raise ValueError(f"combine='merged' has one softmax over k and v: leave out {name}")
+        like = isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (
+            k.shape, k.dtype, k.device
+        )
+        if not like:
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be like k, {k.dtype} {tuple(k.shape)}; got {got}")
 
 
 def check_gates(gates: Tensor | None, q: Tensor, combine: str) -> None:
@@ -174,8 +183,9 @@ def check_gates(gates: Tensor | None, q: Tensor, combine: str) -> None:
         return
     expected = (*q.shape[:3], 3)
     if not isinstance(gates, Tensor) or gates.dtype not in FLOATS:
+        got = gates.dtype if isinstance(gates, Tensor) else type(gates).__name__
         raise ValueError("combine='gates' needs floating-point gates [batch, heads, tokens, 3] "
-                         f"(compressed, selected, window); got {type(gates).__name__}")
+                         f"(compressed, selected, window); got {got}")
     if tuple(gates.shape) != expected or gates.device != q.device:
         raise ValueError(f"gates must have shape {expected} on {q.device}; "
                          f"got {tuple(gates.shape)} on {gates.device}")
@@ -217,17 +227,19 @@ def choose_regime(regime: str, tokens: int, backend: str) -> str:
     return "long" if tokens > EAGER_LONG_FROM else "short"
 
 
-def check_triton_limits(backend: str, q: Tensor, count: int) -> None:
-    """Check what the Triton kernels cannot do; other backends can.
+def choose_backend(backend: str, q: Tensor, far: int) -> str:
+    """As `resolve_backend`, but "auto" is eager for what the Triton kernels cannot do.
 
     Raises:
-        ValueError: a head dimension or a number of selected blocks beyond their registers.
+        ValueError: backend="triton" with a head dimension or a number of far blocks beyond the
+            kernels' registers, or where Triton cannot run.
     """
-    if backend != "triton":
-        return
-    if q.shape[3] > MAX_DIM:
-        raise ValueError(f"backend='triton' takes head_dim up to {MAX_DIM}; got {q.shape[3]} "
-                         "(backend='eager' takes more)")
-    if count > MAX_SELECTED:
-        raise ValueError(f"backend='triton' takes up to {MAX_SELECTED} selected blocks beyond the "
-                         f"local ones; got {count} (backend='eager' takes more)")
+    chosen = resolve_backend(backend, q)
+    fits = q.shape[3] <= MAX_DIM and far <= MAX_SELECTED
+    if chosen != "triton" or fits:
+        return chosen
+    if backend == "auto":
+        return "eager"
+    raise ValueError(f"backend='triton' takes head_dim up to {MAX_DIM} and {MAX_SELECTED} selected "
+                     f"blocks beyond the local ones; got {q.shape[3]} and {far} (backend='eager' "
+                     "takes more)")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.checks import check_key_mask, check_qkv, check_scale
-from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
+from attnopt.kernels.dispatch import harmonize_autocast
 from attnopt.kernels.nsa.arguments import (
     check_compressed,
     check_indices,
     check_queries,
     check_size,
-    check_triton_limits,
+    choose_backend,
     choose_regime,
     gates_pattern,
 )
@@ -65,18 +65,16 @@ def compressed_attention(
     q, k_cmp, v_cmp = harmonize_autocast(q, k_cmp, v_cmp)
     pattern = gates_pattern(compress_block, compress_stride, compress_block, 1, 1, 0, 0)
     tokens = _tokens(q, num_tokens, key_mask)
-    check_compressed(q, k_cmp, v_cmp, tokens, compress_block, compress_stride)
+    check_compressed(q, {"k_cmp": k_cmp, "v_cmp": v_cmp}, tokens, compress_block, compress_stride)
     scale = check_scale(scale, q.shape[3])
-    backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, 0)
+    backend = choose_backend(backend, q, 0)
     if backend == "reference":
         return compressed_reference(
             q, k_cmp, v_cmp, compress_block=compress_block, compress_stride=compress_stride,
             num_tokens=tokens, key_mask=key_mask, scale=scale,
         )[0]
     call = make_call(pattern, tokens, key_mask, q, scale, "short", backend)
-    nothing = q.new_empty(q.shape[0], k_cmp.shape[1], q.shape[2], 0, dtype=torch.int32)
-    return call.compressed(q, k_cmp, v_cmp, nothing)[0]
+    return call.compressed(q, k_cmp, v_cmp)[0]
 
 
 def select_blocks(
@@ -126,10 +124,9 @@ def select_blocks(
     pattern = gates_pattern(compress_block, compress_stride, select_block, num_selected, 1,
                             sink_blocks, local_blocks)
     tokens = _tokens(q, num_tokens, key_mask)
-    check_compressed(q, k_cmp, None, tokens, compress_block, compress_stride)
+    check_compressed(q, {"k_cmp": k_cmp}, tokens, compress_block, compress_stride)
     scale = check_scale(scale, q.shape[3])
-    backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, pattern.far)
+    backend = choose_backend(backend, q, pattern.far)
     if backend == "reference":
         with torch.no_grad():
             chosen = select_reference(
@@ -188,13 +185,13 @@ def selected_attention(
     check_indices(block_indices, q, k)
     check_size("select_block", select_block)
     scale = check_scale(scale, q.shape[3])
-    backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, block_indices.shape[3])
+    backend = choose_backend(backend, q, block_indices.shape[3])
     regime = choose_regime(regime, k.shape[2], backend)
     tokens = k.shape[2]
     position = query_positions(row_starts(key_mask, k), q.shape[2], tokens - q.shape[2])
     end = near_block(position, select_block, 0)[:, None, :, None]
-    chosen = _ascending(block_indices.masked_fill(block_indices >= end, -1).int())
+    nothing = (block_indices < 0) | (block_indices >= end)
+    chosen = _ascending(block_indices.masked_fill(nothing, -1).int())
     if backend == "reference":
         return selected_reference(
             q, k, v, chosen, select_block=select_block, key_mask=key_mask, scale=scale

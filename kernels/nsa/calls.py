@@ -46,20 +46,26 @@ class Call(NamedTuple):
     regime: str
     backend: str
 
-    def select(self, q: Tensor, k_cmp: Tensor) -> Tensor:
-        """Far blocks of every query, `[B, Hkv, Nq, count]` int32, ascending, -1 at the end."""
+    def select(self, q: Tensor, k_cmp: Tensor, lse: Tensor | None = None) -> Tensor:
+        """Far blocks of every query, `[B, Hkv, Nq, far]` int32, ascending, -1 at the end.
+
+        `lse` `[B, H, Nq]` is that of all visible compressed blocks, where it is known.
+        """
         p = self.pattern
+        lse = None if lse is None else lse.detach()
         with torch.no_grad():
             return torch.ops.attnopt.nsa_select(
                 q.detach(), k_cmp.detach(), self.bias, self.real, self.start,
-                self.tokens - q.shape[2], p.far, p.sinks, p.block, p.stride, p.select_block,
+                lse, self.tokens - q.shape[2], p.far, p.sinks, p.block, p.stride, p.select_block,
                 p.near_window, p.delay, self.scale, self.backend,
             )
 
-    def compressed(self, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, left_out: Tensor
+    def compressed(self, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, left_out: Tensor | None = None
                    ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp over the compressed blocks that are not in `left_out`."""
         p = self.pattern
+        if left_out is None:
+            left_out = q.new_empty(q.shape[0], k_cmp.shape[1], q.shape[2], 0, dtype=torch.int32)
         return torch.ops.attnopt.nsa_compressed_forward(
             q, k_cmp, v_cmp, self.bias, left_out, self.start, self.tokens - q.shape[2], p.block,
             p.stride, p.delay, self.scale, self.backend,

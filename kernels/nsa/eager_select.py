@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnopt.kernels.nsa.eager_compressed import Prefixes
-from attnopt.kernels.nsa.eager_frame import powers, take
+from attnopt.kernels.nsa.eager_frame import by_group, powers, take, to_powers
 from attnopt.kernels.nsa.geometry import (
     first_overlap,
     near_block,
@@ -84,7 +84,7 @@ def best(importance: Tensor, count: int) -> Tensor:
 
 def select(q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, *, offset: int,
            count: int, sinks: int, block: int, stride: int, select_block: int, near_window: int,
-           delay: int, scale: float) -> Tensor:
+           delay: int, scale: float, lse: Tensor | None = None) -> Tensor:
     """Choose the far blocks of every query.
 
     Args:
@@ -102,6 +102,7 @@ def select(q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, 
         near_window: Wn; near blocks are no candidates.
         delay: how many tokens later than its last one a compressed block is seen.
         scale: of the scores.
+        lse: log-sum-exp over the visible compressed blocks, `[B, H, Nq]`, where it is known.
 
     Returns:
         Chosen blocks, int32 `[B, Hkv, Nq, count]`, ascending, -1 last.
@@ -118,6 +119,8 @@ def select(q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, 
     most = near.amax(0).cummax(0).values.tolist()  # candidates end here, for all rows
     near, real = p.spread(near), p.spread(real)
     plain = p.G == 1 and block == stride == select_block
+    if lse is not None and not plain:
+        lse = by_group(to_powers(lse, p.dtype), Hkv).unsqueeze(-1)
     overlaps = Overlaps(block, stride, select_block, q.device)
     for xs, own, width in p.pieces():
         blocks = min(most[own.stop - 1], real.shape[1])
@@ -127,8 +130,11 @@ def select(q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, 
         if plain:
             importance = F.pad(scores, (0, max(0, blocks - width)), value=-torch.inf)[..., :blocks]
         else:
-            _, total = powers(scores)
-            scores.div_(total.masked_fill_(total == 0, 1))
+            if lse is None:
+                _, total = powers(scores)
+                scores.div_(total.masked_fill_(total == 0, 1))
+            else:
+                scores.sub_(take(lse, (xs, own))).exp2_()
             probs = scores.view(scores.shape[0], p.G, -1, width).sum(1) if p.G > 1 else scores
             importance = overlaps.sums(probs, blocks)
         column = torch.arange(blocks, device=q.device)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.checks import check_key_mask, check_qkv, check_scale
-from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
+from attnopt.kernels.dispatch import harmonize_autocast
 from attnopt.kernels.lastk.op import sliding_window_attention
 from attnopt.kernels.nsa.arguments import (
     COMBINES,
     Pattern,
-    check_branch,
+    check_branches,
     check_compressed,
     check_gates,
-    check_triton_limits,
+    choose_backend,
     choose_regime,
     gates_pattern,
     merged_pattern,
@@ -42,6 +42,8 @@ __all__ = [
     "selected_attention",
     "sliding_window_attention",
 ]
+
+_SEPARATE = ("k_select", "v_select", "k_window", "v_window")
 
 
 def nsa_attention(
@@ -118,39 +120,35 @@ def nsa_attention(
     q, k, v, k_cmp, v_cmp, *own = harmonize_autocast(
         q, k, v, k_cmp, v_cmp, k_select, v_select, k_window, v_window
     )
-    check_qkv(q, k, v)
-    check_key_mask(key_mask, k)
-    pattern = _pattern(combine, compress_block, compress_stride, select_block, num_selected,
-                       window, sink_blocks, local_blocks)
-    check_compressed(q, k_cmp, v_cmp, k.shape[2], pattern.block, pattern.stride)
-    check_gates(gates, q, combine)
-    names = ("k_select", "v_select", "k_window", "v_window")
-    for name, x in zip(names, own, strict=True):
-        if x is not None and combine == "merged":
-            raise ValueError(f"combine='merged' has one softmax over k and v: leave out {name}")
-    branches = [check_branch(n, x, d) for n, x, d in zip(names, own, (k, v, k, v), strict=True)]
+    separate: dict[str, Any] = dict(zip(_SEPARATE, own, strict=True))
+    pattern = _check(
+        q, k, v, k_cmp, v_cmp, gates, key_mask, separate, combine, compress_block,
+        compress_stride, select_block, num_selected, window, sink_blocks, local_blocks,
+    )
     scale = check_scale(scale, q.shape[3])
-    backend = resolve_backend(backend, q)
-    check_triton_limits(backend, q, pattern.far)
-    regime = choose_regime(regime, k.shape[2], backend)
+    backend = choose_backend(backend, q, pattern.far)
+    tokens, merged = k.shape[2], combine == "merged"
+    regime = choose_regime(regime, tokens, backend)
     if backend == "reference":
-        separate: dict[str, Any] = dict(zip(names, own, strict=True))
         return nsa_reference(q, k, v, k_cmp, v_cmp, gates=gates, key_mask=key_mask, scale=scale,
                              **_sizes(pattern), **separate)
-    tokens, merged = k.shape[2], combine == "merged"
-    ks, vs, kw, vw = branches
+    ks, vs, kw, vw = (y if x is None else x for x, y in zip(own, (k, v, k, v), strict=True))
     call = make_call(pattern, tokens, key_mask, k, scale, regime, backend)
-    chosen = call.select(q, k_cmp)
-    compressed = call.compressed(q, k_cmp, v_cmp, chosen if merged else chosen[..., :0])
-    selected = call.selected(q, ks, vs, chosen)
+    if merged:
+        chosen = call.select(q, k_cmp)
+        compressed, lse = call.compressed(q, k_cmp, v_cmp, left_out=chosen)
+    else:
+        compressed, lse = call.compressed(q, k_cmp, v_cmp)
+        chosen = call.select(q, k_cmp, lse)
+    selected, selected_lse = call.selected(q, ks, vs, chosen)
     recent, weights = None, gates
     if merged:
-        weights = _shares(compressed[1], selected[1])
+        weights = _shares(lse, selected_lse)
     else:
         recent = sliding_window_attention(
             q, kw, vw, window, key_mask=key_mask, scale=scale, backend=backend
         )
-    return torch.ops.attnopt.nsa_combine(compressed[0], selected[0], recent, weights, backend)
+    return torch.ops.attnopt.nsa_combine(compressed, selected, recent, weights, backend)
 
 
 def nsa_decode(
@@ -218,34 +216,39 @@ def nsa_decode(
         "select_block": select_block, "num_selected": num_selected, "window": window,
         "sink_blocks": sink_blocks, "local_blocks": local_blocks,
     }
-    own: dict[str, Any] = {
-        "k_select": k_select, "v_select": v_select, "k_window": k_window, "v_window": v_window,
-    }
+    q, k, v, k_cmp, v_cmp, *own = harmonize_autocast(
+        q, k, v, k_cmp, v_cmp, k_select, v_select, k_window, v_window
+    )
+    separate: dict[str, Any] = dict(zip(_SEPARATE, own, strict=True))
     with torch.no_grad():
         if backend not in ("auto", "eager"):
             return nsa_attention(q, k, v, k_cmp, v_cmp, gates=gates, combine=combine,
-                                 key_mask=key_mask, scale=scale, backend=backend, **sizes, **own)
-        q, k, v, k_cmp, v_cmp = harmonize_autocast(q, k, v, k_cmp, v_cmp)
-        check_qkv(q, k, v)
-        check_key_mask(key_mask, k)
-        pattern = _pattern(combine, **sizes)
-        check_compressed(q, k_cmp, v_cmp, k.shape[2], pattern.block, pattern.stride)
-        check_gates(gates, q, combine)
-        for name, x in own.items():
-            check_branch(name, x, k)
-        return nsa_decode_step(q, k, v, k_cmp, v_cmp, key_mask, gates, *own.values(),
+                                 key_mask=key_mask, scale=scale, backend=backend, **sizes,
+                                 **separate)
+        pattern = _check(q, k, v, k_cmp, v_cmp, gates, key_mask, separate, combine,
+                         *sizes.values())
+        return nsa_decode_step(q, k, v, k_cmp, v_cmp, key_mask, gates, *own,
                                scale=check_scale(scale, q.shape[3]), **_sizes(pattern))
 
 
-def _pattern(combine: str, compress_block: int | None, compress_stride: int | None,
-             select_block: int, num_selected: int, window: int, sink_blocks: int | None,
-             local_blocks: int | None) -> Pattern:
+def _check(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor | None,
+           key_mask: Tensor | None, separate: dict[str, Tensor | None], combine: str,
+           compress_block: int | None, compress_stride: int | None, select_block: int,
+           num_selected: int, window: int, sink_blocks: int | None, local_blocks: int | None,
+           ) -> Pattern:
+    """Check everything but scale, regime and backend; return the pattern that the sizes make."""
+    check_qkv(q, k, v)
+    check_key_mask(key_mask, k)
     if combine not in COMBINES:
         raise ValueError(f"combine must be one of {', '.join(COMBINES)}; got {combine!r}")
     make = merged_pattern if combine == "merged" else gates_pattern
     block = select_block if compress_block is None else compress_block
     stride = select_block if compress_stride is None else compress_stride
-    return make(block, stride, select_block, num_selected, window, sink_blocks, local_blocks)
+    pattern = make(block, stride, select_block, num_selected, window, sink_blocks, local_blocks)
+    check_compressed(q, {"k_cmp": k_cmp, "v_cmp": v_cmp}, k.shape[2], block, stride, k.shape[1])
+    check_gates(gates, q, combine)
+    check_branches(separate, k, combine)
+    return pattern
 
 
 def _sizes(p: Pattern) -> dict[str, Any]:

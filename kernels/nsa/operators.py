@@ -30,20 +30,20 @@ def _module(part: str, backend: str, device: torch.device) -> ModuleType:
 
 @torch.library.custom_op("attnopt::nsa_select", mutates_args=())
 def _select(
-    q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, offset: int, count: int,
-    sinks: int, block: int, stride: int, select_block: int, near_window: int, delay: int,
-    scale: float, backend: str,
+    q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, lse: Tensor | None,
+    offset: int, count: int, sinks: int, block: int, stride: int, select_block: int,
+    near_window: int, delay: int, scale: float, backend: str,
 ) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         return _module("select", backend, q.device).select(
             q, k_cmp, bias, real, start, offset=offset, count=count, sinks=sinks, block=block,
             stride=stride, select_block=select_block, near_window=near_window, delay=delay,
-            scale=scale,
+            scale=scale, lse=lse,
         )
 
 
 @_select.register_fake
-def _(q, k_cmp, bias, real, start, offset, count, *rest):
+def _(q, k_cmp, bias, real, start, lse, offset, count, *rest):
     return q.new_empty(q.shape[0], k_cmp.shape[1], q.shape[2], count, dtype=torch.int32)
 
 

@@ -237,7 +237,7 @@ def select_tile(dtype: torch.dtype, cols: int, lanes: int) -> dict[str, int]:
 def select(
     q: Tensor, k_cmp: Tensor, bias: Tensor, real: Tensor, start: Tensor, *,
     offset: int, count: int, sinks: int, block: int, stride: int, select_block: int,
-    near_window: int, delay: int, scale: float,
+    near_window: int, delay: int, scale: float, lse: Tensor | None = None,
 ) -> Tensor:
     """Blocks that each query attends to token by token, `[B, Hkv, Nq, count]` int32, ascending.
 
@@ -256,6 +256,7 @@ def select(
         near_window: tokens that are never chosen because the query sees them anyway, at least.
         delay: tokens between a compressed block's last token and the first query that sees it.
         scale: factor of q.k_cmp.
+        lse: log-sum-exp over the visible compressed blocks, `[B, H, Nq]`, where it is known.
     """
     B, H, Nq, D = q.shape
     Hkv, P = k_cmp.shape[1:3]
@@ -273,8 +274,11 @@ def select(
         offset=offset, block=block, stride=stride, delay=delay, scale=scale,
         DIM=D, COLS=cols, PRECISION=input_precision(q.dtype), **tile,
     )
-    lse = bias  # never read
-    if not raw:
+    if raw:
+        lse = bias  # never read
+    elif lse is not None:
+        lse = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E.value)
+    else:
         lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
         select_lse_kernel[(triton.cdiv(Nq, tile["BLOCK_Q"]) * B * H,)](
             lse_ptr=lse, BLOCK_C=32, **shared
