@@ -13,10 +13,7 @@ from torch import Tensor
 
 from attnopt.kernels.lastk import lastk_attention, lastk_decode, sliding_window_attention
 from attnopt.kernels.lastk.reference import lastk_reference
-from attnopt.testing import Case, cases, force_triton
-
-LASTK = [case for case in cases() if case.op == "lastk"]
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+from attnopt.testing import force_triton
 
 
 def make_inputs(n: int = 12, dtype: torch.dtype = torch.float32, grad: bool = False) -> dict:
@@ -213,25 +210,6 @@ def test_decoding_needs_only_the_sinks_and_the_window(backend: str) -> None:
                 q[:, :, i : i + 1], k[:, :, held], v[:, :, held], **weights, backend=backend
             )
             torch.testing.assert_close(step, whole[:, :, i : i + 1])
-
-
-def test_cases_cover_every_phase() -> None:
-    assert {case.phase for case in LASTK} == {"fwd", "bwd", "decode"}
-    assert {case.dtype for case in LASTK} == set(TOLERANCE)
-    assert len({case.id for case in LASTK}) == len(LASTK)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", LASTK, ids=lambda case: case.id)
-def test_case(case: Case, backend: str) -> None:
-    inputs = case.make()
-    exact = case.ref(inputs)
-    with launching(backend):
-        actual = case.run({name: x.to(DEVICE) for name, x in inputs.items()})
-    assert actual.keys() == exact.keys()
-    for name, expected in exact.items():
-        error = (actual[name].double().cpu() - expected).abs().max()
-        assert error <= TOLERANCE[case.dtype] * max(1, expected.abs().max()), (name, float(error))
 
 
 BAD = {
