@@ -63,6 +63,7 @@ def compressed_attention(
     Source: Yuan et al. 2025, "Native Sparse Attention", section 3.3.1.
     """
     q, k_cmp, v_cmp = harmonize_autocast(q, k_cmp, v_cmp)
+    check_size("compress_block", compress_block)
     pattern = gates_pattern(compress_block, compress_stride, compress_block, 1, 1, 0, 0)
     tokens = _tokens(q, num_tokens, key_mask)
     check_compressed(q, {"k_cmp": k_cmp, "v_cmp": v_cmp}, tokens, compress_block, compress_stride)
