@@ -13,12 +13,17 @@ Forward saves the log-sum-exp of each row; backward recomputes the probabilities
     P = e^{s + b - lse},  dS = P (dO V^T - delta),  delta = rowsum(dO O)
     dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO,  db[n] = sum_i dS[i, i - n]
 
+Within a segment scores, bias and log-sum-exp are in powers of two, log2(e) folded into scale and
+bias: on CPU `exp` is up to ten times slower where a mask or a peaked row makes it underflow, `exp2`
+is not. Arguments, results and gradients are those of natural logarithms.
+
 Letters: B batch, H query heads, Hkv key/value heads, G = H / Hkv, N tokens, D head dim, W offsets,
 T sinks, X = B Hkv sequences, n blocks of a segment.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,8 +33,10 @@ from torch import Tensor
 
 from attnopt.kernels.lastk.sinks import add_at_sinks, gather_sinks, sink_positions
 
-SEGMENT_BYTES = 8 << 20  # of scores at a time: larger temporaries are page-faulted afresh each time
+SEGMENT_BYTES = 2 << 20  # of scores at a time: they stay in the cache, measured on CPU
 WIDE = 4  # blocks of halo from which a text's first, shorter windows are worth one segment each
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,14 @@ class Tiling:
                 yield Segment(x, x + 1, t, end, run, max(0, self.r + 1 - end))
 
     def pack_queries(self, x: Tensor, dtype: torch.dtype, value: float = 0.0) -> Tensor:
-        """`[B, H, Nq, D]` to blocks `[X nb, G C, D]`; rows before the first query hold `value`."""
+        """`[B, H, Nq, D]` to blocks `[X nb, G C, D]`; rows before the first query hold `value`.
+
+        The result may share memory with `x`.
+        """
         front, back = self.N - self.Nq, self.nb * self.C - self.N
-        x = F.pad(x.to(dtype), (0, 0, front, back), value=value)
+        x = x.to(dtype)
+        if front or back:
+            x = F.pad(x, (0, 0, front, back), value=value)
         x = x.reshape(self.X, self.G, self.nb, self.C, -1).transpose(1, 2)
         return x.reshape(self.X * self.nb, self.G * self.C, -1)
 
@@ -126,6 +138,9 @@ class Tiling:
 
     def scatter_windows(self, buffer: Tensor, s: Segment, weights: Tensor, rows: Tensor) -> None:
         """Add `weights^T rows` of every window, `[n, G C, L]^T [n, G C, D]`, to the buffer."""
+        if weights.shape[0] == 1:  # a single window does not overlap
+            self.windows(buffer, s).baddbmm_(weights.transpose(1, 2), rows)
+            return
         blocks = buffer.view(-1, self.C, self.D)
         for i in range(self.r + 1 - s.skip):
             part = weights[:, :, i * self.C : (i + 1) * self.C].transpose(1, 2)
@@ -174,12 +189,12 @@ class Problem:
                  sink_log_weights: Tensor, key_mask: Tensor | None, scale: float) -> None:
         self.B, self.Hkv = k.shape[:2]
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.scale = scale
+        self.scale = scale * LOG2_E  # scores are in base 2
         T = sink_log_weights.shape[1]
         self.tiling = t = Tiling.plan(q, k, log_weights.shape[1], self.dtype.itemsize)
         self.q = t.pack_queries(q, self.dtype)
         self.k, self.v = t.pack_keys(k, self.dtype), t.pack_keys(v, self.dtype)
-        self.bias = t.band_bias(log_weights.to(self.dtype))
+        self.bias = t.band_bias(log_weights.to(self.dtype) * LOG2_E)
         visible = key_mask
         self.sinks = None
         if T:
@@ -187,29 +202,31 @@ class Problem:
             visible = self.sinks.hide_from_band(key_mask)
             self.sink_k = gather_sinks(k, self.sinks).to(self.dtype).flatten(0, 1)  # [X, T, D]
             self.sink_v = gather_sinks(v, self.sinks).to(self.dtype).flatten(0, 1)
-            self.sink_bias = sink_log_weights.to(self.dtype).view(self.Hkv, t.G, T)
+            self.sink_bias = (sink_log_weights.to(self.dtype) * LOG2_E).view(self.Hkv, t.G, T)
         self.key_bias = t.key_bias(visible, self.B, self.dtype, q.device)
         self.first = k.shape[2] - t.N  # position of the buffer's first token
 
     def scores(self, s: Segment) -> Tensor:
-        """`s + b` of a segment's blocks and windows, `[n, G C, L]`, without the skipped keys."""
+        """`s + b` in base 2 of a segment's blocks and windows `[n, G C, L]`, no skipped keys."""
         t = self.tiling
         sequences = torch.arange(s.x0, s.x1, device=self.q.device)
         windows = t.windows(self.k, s).transpose(1, 2)
         L = windows.shape[2]
-        hidden = self.key_bias[sequences // self.Hkv, s.t0 : s.t1, -L:].reshape(-1, 1, L)
-        scores = torch.baddbmm(hidden, self.q[s.blocks], windows, alpha=self.scale)
-        scores.view(s.x1 - s.x0, -1, t.G, t.C, L).add_(
-            self.bias[sequences % self.Hkv, ..., -L:].unsqueeze(1)
-        )
-        return scores
+        hidden = self.key_bias[sequences // self.Hkv, s.t0 : s.t1, None, None, -L:]
+        head = s.x0 % self.Hkv
+        if head + s.x1 - s.x0 <= self.Hkv:  # of one text: a view
+            bias = self.bias[head : head + s.x1 - s.x0, ..., -L:]
+        else:
+            bias = self.bias[sequences % self.Hkv, ..., -L:]
+        scores = (hidden + bias.unsqueeze(1)).reshape(-1, t.G * t.C, L)
+        return scores.baddbmm_(self.q[s.blocks], windows, alpha=self.scale)
 
     def sink_rows(self, x: Tensor, s: Segment) -> Tensor:
         """A segment's rows `[n, G C, ...]` by sequence, `[x, nb G C, ...]`, to meet its sinks."""
         return x.view(s.x1 - s.x0, -1, x.shape[-1])
 
     def sink_scores(self, s: Segment) -> Tensor:
-        """`s + b` of a segment's rows and the sinks, `[x, nb G C, T]`."""
+        """`s + b` in base 2 of a segment's rows and the sinks, `[x, nb G C, T]`."""
         assert self.sinks is not None
         t, T = self.tiling, self.sink_k.shape[1]
         keys = self.sink_k[s.x0 : s.x1].transpose(1, 2)
@@ -277,14 +294,14 @@ def lastk_forward(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor, sink_log
             sink_scores = p.sink_scores(s)
             top = torch.maximum(top, sink_scores.amax(-1, keepdim=True).view_as(top))
         top.masked_fill_(top == float("-inf"), 0)  # rows that see no key
-        scores.sub_(top).exp_()
+        scores.sub_(top).exp2_()
         total = scores.sum(-1, keepdim=True)
         acc = torch.bmm(scores, t.windows(p.v, s))
         if p.sinks is not None:
-            sink_scores.sub_(p.sink_rows(top, s)).exp_()
+            sink_scores.sub_(p.sink_rows(top, s)).exp2_()
             total += sink_scores.sum(-1, keepdim=True).view_as(total)
             acc += (sink_scores @ p.sink_v[s.x0 : s.x1]).view_as(acc)
-        lse[s.blocks] = top + total.log()  # -inf where nothing is seen
+        lse[s.blocks] = (top + total.log2()).mul_(LN_2)  # -inf where nothing is seen
         torch.div(acc, total.masked_fill(total == 0, 1), out=out[s.blocks])
     result = torch.empty_like(q)
     result.copy_(t.unpack_queries(out, q.shape))
@@ -299,7 +316,8 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
     t = p.tiling
     grad = grad.to(p.dtype)
     delta = t.pack_queries((grad * out).sum(-1, keepdim=True), p.dtype)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # rows that see no key: P = 0
+    unseeing = lse == float("-inf")  # rows that see no key: P = 0
+    lse = (lse * LOG2_E).masked_fill_(unseeing, float("inf"))
     lse = t.pack_queries(lse.unsqueeze(-1), p.dtype, value=float("inf"))
     grad = t.pack_queries(grad, p.dtype)
     dq = torch.empty_like(p.q)
@@ -310,20 +328,21 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
         dsink_bias = torch.zeros_like(p.sink_bias)
     for s in t.segments():
         do, rows = grad[s.blocks], p.q[s.blocks]
-        probs = p.scores(s).sub_(lse[s.blocks]).exp_()
+        probs = p.scores(s).sub_(lse[s.blocks]).exp2_()
         dscores = torch.bmm(do, t.windows(p.v, s).transpose(1, 2)).sub_(delta[s.blocks])
         dscores.mul_(probs)
         torch.bmm(dscores, t.windows(p.k, s), out=dq[s.blocks])
         t.scatter_windows(dv, s, probs, do)
         t.scatter_windows(dk, s, dscores, rows)
         L = dscores.shape[2]
-        by_head = dscores.view(s.x1 - s.x0, -1, t.G, t.C, L).sum(1)
+        by_head = dscores.view(s.x1 - s.x0, -1, t.G, t.C, L)
+        by_head = by_head.sum(1) if by_head.shape[1] > 1 else by_head[:, 0]
         for x in range(s.x0, s.x1):
             dbias[x % p.Hkv, ..., -L:] += by_head[x - s.x0]
         if p.sinks is not None:
             own = slice(s.x0, s.x1)
             do, rows = p.sink_rows(do, s), p.sink_rows(rows, s)
-            probs = p.sink_scores(s).sub_(p.sink_rows(lse[s.blocks], s)).exp_()
+            probs = p.sink_scores(s).sub_(p.sink_rows(lse[s.blocks], s)).exp2_()
             dscores = (do @ p.sink_v[own].transpose(1, 2)).sub_(p.sink_rows(delta[s.blocks], s))
             dscores.mul_(probs)
             dq[s.blocks] += (dscores @ p.sink_k[own]).view_as(dq[s.blocks])
@@ -333,7 +352,7 @@ def lastk_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_weights: T
             for y in range(s.x0, s.x1):
                 dsink_bias[y % p.Hkv] += by_head[y - s.x0]
     grad_q = torch.empty_like(q)
-    grad_q.copy_(t.unpack_queries(dq, q.shape) * scale)
+    grad_q.copy_(t.unpack_queries(dq.mul_(scale), q.shape))
     grad_k, grad_v = t.unpack_keys(dk.mul_(scale), k), t.unpack_keys(dv, v)
     dsinks = torch.zeros_like(sink_log_weights)
     if p.sinks is not None:
