@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help demo test nightly lint bench clean
 
 help:
-	@echo "make demo     train, convert, distill and report on a small teacher; about eight minutes"
+	@echo "make demo     train, convert, distill and report on a small teacher; about ten minutes"
 	@echo "make test     the test suite"
 	@echo "make nightly  the slow tests"
 	@echo "make lint     ruff and mypy"

@@ -345,6 +345,7 @@ def compressed_backward(
     )
     if P:
         compressed_key_kernel[(triton.cdiv(P, tile["BLOCK_C"]) * B * Hkv,)](
-            dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), **shared
+            dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
+            **shared | {"BLOCK_Q": min(tile["BLOCK_Q"], 32)},  # dK and dV are in registers too
         )
     return dq, dk, dv

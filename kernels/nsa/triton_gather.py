@@ -62,7 +62,6 @@ def gather_forward_kernel(
     q_ptr += batch.to(tl.int64) * q_strides[0]
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
-    pairs = Nq.to(tl.int64) * S
     start = tl.load(start_ptr + batch)
     pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
     t = tl.arange(0, BLOCK_K)
@@ -74,10 +73,11 @@ def gather_forward_kernel(
     j0 = start + pos0
     k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
+    order_ptr += own.to(tl.int64) * Nq * S
     for i0 in range(begin, end, BLOCK_Q // GROUP):
         i = begin * 0 + i0 + tl.arange(0, BLOCK_Q) // GROUP
         valid = i < end
-        pair = tl.load(order_ptr + own * pairs + i, mask=valid, other=0)
+        pair = tl.load(order_ptr + i, mask=valid, other=0)
         tokens, head = pair // S, group + tl.arange(0, BLOCK_Q) % GROUP
         # [BLOCK_Q, COLS]
         q = load_group(q_ptr, q_strides, tokens, kv * G + head, valid, COLS, DIM)
@@ -91,7 +91,7 @@ def gather_forward_kernel(
         weight = tl.where(seen, weight, 1.0)
         out = tl.dot(probs.to(v.dtype), v, input_precision=PRECISION) / weight[:, None]
         lse = tl.where(seen, top + tl.log2(weight), float("-inf"))
-        rows = (own * G + head).to(tl.int64) * pairs + pair
+        rows = (own * G + head).to(tl.int64) * Nq * S + pair
         pointers = part_ptr + rows[:, None] * DIM + tl.arange(0, COLS)[None, :]
         tl.store(pointers, out.to(part_ptr.dtype.element_ty), mask=row_mask(valid, COLS, DIM))
         tl.store(part_lse_ptr + rows, lse, mask=valid)
@@ -117,7 +117,6 @@ def gather_backward_kernel(
     delta_ptr += batch.to(tl.int64) * lse_strides[0]
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
-    pairs = Nq.to(tl.int64) * S
     start = tl.load(start_ptr + batch)
     pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
     t = tl.arange(0, BLOCK_K)
@@ -131,12 +130,13 @@ def gather_backward_kernel(
     v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
     dk = tl.zeros([BLOCK_K, COLS], tl.float32)
     dv = tl.zeros([BLOCK_K, COLS], tl.float32)
+    order_ptr += own.to(tl.int64) * Nq * S
     for group in range(0, G, GROUP):
         head = G * 0 + group + tl.arange(0, BLOCK_Q) % GROUP
         for i0 in range(begin, end, BLOCK_Q // GROUP):
             i = begin * 0 + i0 + tl.arange(0, BLOCK_Q) // GROUP
             valid = i < end
-            pair = tl.load(order_ptr + own * pairs + i, mask=valid, other=0)
+            pair = tl.load(order_ptr + i, mask=valid, other=0)
             tokens = pair // S
             # [BLOCK_Q, COLS]
             q = load_group(q_ptr, q_strides, tokens, kv * G + head, valid, COLS, DIM)
@@ -149,7 +149,7 @@ def gather_backward_kernel(
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
             dq = tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision=PRECISION) * scale
-            rows = (own * G + head).to(tl.int64) * pairs + pair
+            rows = (own * G + head).to(tl.int64) * Nq * S + pair
             pointers = part_ptr + rows[:, None] * DIM + tl.arange(0, COLS)[None, :]
             tl.store(pointers, dq.to(part_ptr.dtype.element_ty), mask=row_mask(valid, COLS, DIM))
     base = index.to(tl.int64) * size * DIM
