@@ -7,25 +7,10 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from attnopt.config import (
-    BACKENDS,
-    COMBINES,
-    COMPRESSIONS,
-    FEATURE_MAPS,
-    MAX_BLOCK,
-    NORMS,
-    NSA,
-    REGIMES,
-    STABILIZERS,
-    Every,
-    Favor,
-    First,
-    LastK,
-    Masks,
-    NthLast,
-    Window,
-    config_from_dict,
-)
+from attnopt.config import NSA, Every, Favor, First, LastK, Masks, NthLast, Window, config_from_dict
+from attnopt.config.base import BACKENDS
+from attnopt.config.favor import FEATURE_MAPS, MAX_BLOCK, NORMS, STABILIZERS
+from attnopt.config.nsa import COMBINES, COMPRESSIONS, REGIMES
 from attnopt.kernels import dispatch
 from attnopt.kernels.favor import arguments, projections
 from attnopt.kernels.nsa import arguments as nsa_arguments

@@ -5,9 +5,10 @@ All comparisons are of the logits of every step: a broken cache rarely changes e
 
 import pytest
 import torch
+from generation import NEW, PROMPT, STARTS, assert_equal, decode, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_gpt2 import VOCABULARY, tiny
+from small_gpt2 import tiny
 from transformers import DynamicCache
 
 from attnopt import Favor, LastK, convert, dense_attention, mechanisms
@@ -15,8 +16,7 @@ from attnopt.caches import FavorLayer
 from attnopt.generate import cache_bytes
 from attnopt.kernels.favor.state import FavorState
 
-PROMPT, NEW, LAYERS, HEADS, DIM = 12, 14, 3, 4, 8
-STARTS = [5, 0, 1, 10]  # first real token of each left-padded row
+LAYERS, HEADS, DIM = 3, 4, 8
 
 CONFIGS = {
     "favor": Favor(12),
@@ -42,25 +42,6 @@ def student(name):
         if getattr(mechanism, "log_gate", None) is not None:
             torch.nn.init.normal_(mechanism.log_gate)
     return model
-
-
-def prompts(starts=STARTS, length=PROMPT):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, VOCABULARY, (len(starts), length), generator=generator)
-    mask = torch.arange(length) >= torch.tensor(starts)[:, None]
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def decode(model, inputs, **options):
-    """New tokens [B, S] and the logits that chose them [B, S, V]."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, **options}
-    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **settings)
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
-
-
-def assert_equal(ours, theirs):
-    torch.testing.assert_close(ours[1], theirs[1], atol=1e-4, rtol=1e-4)
-    assert torch.equal(ours[0], theirs[0])
 
 
 @each_config

@@ -5,13 +5,15 @@ All comparisons are of the logits of every step: a broken cache rarely changes e
 
 import pytest
 import torch
+from generation import NEW, PROMPT, STARTS, assert_equal, decode, prompts
+from small_gpt2 import VOCABULARY
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attnopt import Every, First, LastK, Masks, NthLast, Window, convert, dense_attention
 from attnopt.caches import SinkWindowLayer
 
-PROMPT, NEW, VOCABULARY, PAD = 12, 16, 61, 0
+PAD = 0
 
 CONFIGS = {
     "last1": LastK(1, init="random"),
@@ -28,7 +30,6 @@ CONFIGS = {
     "mixed": {0: LastK(4, sinks=2, init="random"), 2: LastK(3, init="random")},
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
-STARTS = [5, 0, 1, 10]  # first real token of each left-padded row
 
 
 def tiny(config, seed=0):
@@ -47,25 +48,6 @@ def tiny(config, seed=0):
         )
     ).eval()
     return convert(model, config)
-
-
-def prompts(starts=STARTS, length=PROMPT):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, VOCABULARY, (len(starts), length), generator=generator)
-    mask = torch.arange(length) >= torch.tensor(starts)[:, None]
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def decode(model, inputs, **options):
-    """New tokens [B, S] and the logits that chose them [B, S, V]."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, **options}
-    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **settings)
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
-
-
-def assert_equal(ours, theirs):
-    torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-5)
-    assert torch.equal(ours[0], theirs[0])
 
 
 @every_config

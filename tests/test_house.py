@@ -21,7 +21,7 @@ LAYERS = """
 errors kernels.common kernels.rows kernels.checks kernels.dispatch kernels.interpreter
 kernels.*.*
 kernels.*.op
-kernels.* config testing testing.*
+kernels.* config config.* testing testing.*
 caches caches.* modules modules.*
 convert convert.* calibration
 hub checkpoints data demo_text losses metrics history matching stages trainer runs distill

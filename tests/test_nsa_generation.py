@@ -8,9 +8,10 @@ import re
 
 import pytest
 import torch
+from generation import NEW, PROMPT, STARTS, assert_equal, decode, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_gpt2 import VOCABULARY, tiny
+from small_gpt2 import tiny
 from small_llama import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -22,8 +23,7 @@ from attnopt.kernels.nsa.geometry import compressed_count
 from attnopt.modules import build_mechanism
 from attnopt.modules.compressors import Compressor
 
-PROMPT, NEW, LAYERS = 12, 14, 3
-STARTS = [5, 0, 1, 10]  # first real token of each left-padded row
+LAYERS = 3
 
 CONFIGS = {
     "merged-mean": NSA(select_block=4, num_selected=2, window=3),
@@ -53,25 +53,6 @@ def train(module, seed=1):
 
 def student(kind, name):
     return train(convert(MAKERS[kind](), CONFIGS[name]))
-
-
-def prompts(starts=STARTS, length=PROMPT):
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, VOCABULARY, (len(starts), length), generator=generator)
-    mask = torch.arange(length) >= torch.tensor(starts)[:, None]
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def decode(model, inputs, **options):
-    """New tokens [B, S] and the logits that chose them [B, S, V]."""
-    settings = {"max_new_tokens": NEW, "do_sample": False, **options}
-    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **settings)
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
-
-
-def assert_equal(ours, theirs):
-    torch.testing.assert_close(ours[1], theirs[1], atol=1e-4, rtol=1e-4)
-    assert torch.equal(ours[0], theirs[0])
 
 
 @each_student

@@ -31,12 +31,33 @@ from attnopt.kernels.nsa.triton_groups import load_group, load_statistics
 
 @triton.jit
 def segment(work_ptr, index, total, b, pieces, size):
-    """Of a segment: first position and number of its keys, range of its pairs."""
+    """First position and number of keys of a segment, and its range of pairs; none if left over."""
     piece = tl.load(work_ptr + index)
     begin = tl.load(work_ptr + total + index)
     end = tl.load(work_ptr + 2 * total + index)
     first = piece % pieces * size
-    return piece // pieces * b + first, tl.minimum(size, b - first), begin, end
+    keys = tl.where(begin < end, tl.minimum(size, b - first), 0)
+    return piece // pieces * b + first, keys, begin, end
+
+
+@triton.jit
+def segment_keys(k_ptr, v_ptr, mask_ptr, start_ptr, work_ptr, k_strides, v_strides, mask_strides,
+                 index, x, Hkv, Nk, b, pieces, size, total, DIM: tl.constexpr, COLS: tl.constexpr,
+                 BLOCK_K: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Keys and values of a segment `[BLOCK_K, COLS]`, their positions, and its range of pairs."""
+    batch, kv = x // Hkv, x % Hkv
+    k_ptr += batch.to(tl.int64) * k_strides[0] + kv.to(tl.int64) * k_strides[1]
+    v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
+    start = tl.load(start_ptr + batch)
+    pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
+    t = tl.arange(0, BLOCK_K)
+    pos = pos0 + t
+    inside = (t < keys) & (start + pos < Nk)
+    real = is_real(mask_ptr, mask_strides, batch, start + pos, inside, HAS_MASK)
+    j0 = start + pos0
+    k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
+    v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
+    return k, v, pos, real, start, begin, end
 
 
 @triton.jit
@@ -60,19 +81,11 @@ def gather_forward_kernel(
     x = x0 + own
     batch, kv = x // Hkv, x % Hkv
     q_ptr += batch.to(tl.int64) * q_strides[0]
-    k_ptr += batch.to(tl.int64) * k_strides[0] + kv.to(tl.int64) * k_strides[1]
-    v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
-    start = tl.load(start_ptr + batch)
-    pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
-    t = tl.arange(0, BLOCK_K)
-    pos = pos0 + t
-    inside = (t < keys) & (start + pos < Nk)
-    real = is_real(mask_ptr, mask_strides, batch, start + pos, inside, HAS_MASK)
-
-    # [BLOCK_K, COLS]
-    j0 = start + pos0
-    k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
-    v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
+    # [BLOCK_K, COLS] and [BLOCK_K]
+    k, v, pos, real, start, begin, end = segment_keys(
+        k_ptr, v_ptr, mask_ptr, start_ptr, work_ptr, k_strides, v_strides, mask_strides,
+        index, x, Hkv, Nk, b, pieces, size, total, DIM, COLS, BLOCK_K, HAS_MASK,
+    )
     order_ptr += own.to(tl.int64) * Nq * S
     for i0 in range(begin, end, BLOCK_Q // GROUP):
         i = begin * 0 + i0 + tl.arange(0, BLOCK_Q) // GROUP
@@ -115,19 +128,11 @@ def gather_backward_kernel(
     do_ptr += batch.to(tl.int64) * do_strides[0]
     lse_ptr += batch.to(tl.int64) * lse_strides[0]
     delta_ptr += batch.to(tl.int64) * lse_strides[0]
-    k_ptr += batch.to(tl.int64) * k_strides[0] + kv.to(tl.int64) * k_strides[1]
-    v_ptr += batch.to(tl.int64) * v_strides[0] + kv.to(tl.int64) * v_strides[1]
-    start = tl.load(start_ptr + batch)
-    pos0, keys, begin, end = segment(work_ptr, index, total, b, pieces, size)
-    t = tl.arange(0, BLOCK_K)
-    pos = pos0 + t
-    inside = (t < keys) & (start + pos < Nk)
-    real = is_real(mask_ptr, mask_strides, batch, start + pos, inside, HAS_MASK)
-
-    # [BLOCK_K, COLS]
-    j0 = start + pos0
-    k = load_rows(k_ptr, (k_strides[2], k_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
-    v = load_rows(v_ptr, (v_strides[2], v_strides[3]), j0, inside, BLOCK_K, COLS, DIM)
+    # [BLOCK_K, COLS] and [BLOCK_K]
+    k, v, pos, real, start, begin, end = segment_keys(
+        k_ptr, v_ptr, mask_ptr, start_ptr, work_ptr, k_strides, v_strides, mask_strides,
+        index, x, Hkv, Nk, b, pieces, size, total, DIM, COLS, BLOCK_K, HAS_MASK,
+    )
     dk = tl.zeros([BLOCK_K, COLS], tl.float32)
     dv = tl.zeros([BLOCK_K, COLS], tl.float32)
     order_ptr += own.to(tl.int64) * Nq * S
@@ -152,7 +157,8 @@ def gather_backward_kernel(
             rows = (own * G + head).to(tl.int64) * Nq * S + pair
             pointers = part_ptr + rows[:, None] * DIM + tl.arange(0, COLS)[None, :]
             tl.store(pointers, dq.to(part_ptr.dtype.element_ty), mask=row_mask(valid, COLS, DIM))
+    t = tl.arange(0, BLOCK_K)
+    stored = (t < size) & (begin + 0 * t < end)  # nobody reads what is left over
     base = index.to(tl.int64) * size * DIM
-    store_rows(dk_part_ptr + base, (DIM, 1), pos0 * 0, t < size, dk * scale, BLOCK_K,
-               COLS, DIM)
-    store_rows(dv_part_ptr + base, (DIM, 1), pos0 * 0, t < size, dv, BLOCK_K, COLS, DIM)
+    store_rows(dk_part_ptr + base, (DIM, 1), index * 0, stored, dk * scale, BLOCK_K, COLS, DIM)
+    store_rows(dv_part_ptr + base, (DIM, 1), index * 0, stored, dv, BLOCK_K, COLS, DIM)
