@@ -3,7 +3,7 @@
 import torch
 from small_gpt2 import VOCABULARY
 
-PROMPT, NEW = 12, 14  # tokens of a prompt, and of what is generated
+PROMPT, NEW = 12, 16  # tokens of a prompt, and of what is generated
 STARTS = [5, 0, 1, 10]  # first real token of each left-padded row
 
 
