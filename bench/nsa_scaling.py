@@ -18,7 +18,9 @@ definition (1e-5 at most).
 """
 
 import argparse
+import itertools
 import json
+import math
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -114,6 +116,15 @@ def cell(name, n):
     return measure(lambda: call(large), lambda: call(small))
 
 
+def crossover(ours, dense):
+    """Length from which ours is faster, between two measured ones by a straight line in logs."""
+    gains = [(n, math.log(dense[n]["seconds"] / ours[n]["seconds"])) for n in sorted(dense)]
+    for (n, gain), (n2, gain2) in itertools.pairwise(gains):
+        if gain < 0 <= gain2:
+            return round(n * (n2 / n) ** (-gain / (gain2 - gain)))
+    return None
+
+
 def main():
     """Check, measure every cell in a process of its own, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,6 +161,7 @@ def main():
             name: {n: dense[n]["seconds"] / cells[name][n]["seconds"] for n in dense}
             for name in STRIDE
         },
+        "faster_than_dense_from": {name: crossover(cells[name], dense) for name in STRIDE},
         "times_faster_than_peer": {
             n: cells["peer"][n]["seconds"] / cells["layer"][n]["seconds"]
             for n in cells["peer"] if "seconds" in cells["peer"][n]

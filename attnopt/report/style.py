@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 # Stands for the page's text color, so that one picture reads on light and on dark ground.
 INK = "#010203"
 TEACHER = "#8a8f98"
-STUDENTS = ("#2f7fd1", "#e0702a", "#2f9e6e", "#a463c9", "#c94f7c", "#8a7a1f")
+STUDENTS = (
+    *("#2f7fd1", "#e0702a", "#2f9e6e", "#a463c9", "#c94f7c", "#8a7a1f", "#12a3b4", "#80584a"),
+)
 COEFFICIENTS = ("#3f7fd6", "#2f9e8f", "#8aa32b", "#e08a2a", "#d9536f")  # first to last offset
 MASKS = "viridis"
 
