@@ -50,7 +50,7 @@ def demo(
     output: Output = Path("demo-report"),
     retrain: Annotated[bool, typer.Option("--retrain", help="Train the teacher anew.")] = False,
 ) -> None:
-    """Train a small teacher, replace its attention six times, distill, compare. On a CPU.
+    """Train a small teacher, replace its attention eight times, distill, compare. On a CPU.
 
     Needs no network and no GPU: the text is the documentation inside Python's standard library.
     """

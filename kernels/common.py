@@ -116,9 +116,12 @@ def score_gradient_transposed(q, k, v, do, bias, lse, delta, scale, PRECISION: t
 
 def input_precision(dtype: torch.dtype) -> str:
     """fp32 operands keep fp32 accuracy unless the user has allowed TF32 for matmuls."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        return "tf32x3"
-    return "tf32"
+    if dtype != torch.float32:
+        return "tf32"
+    matmul = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # newer; the older name then may not be read
+    allowed = matmul.allow_tf32 if chosen is None else chosen == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 def mask_arguments(key_mask: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -30,6 +30,16 @@ def force_triton() -> Iterator[None]:
         _forced = before
 
 
+@contextlib.contextmanager
+def operator_body(q: torch.Tensor) -> Iterator[None]:
+    """Around what an operator computes: without autocast, and on the device of `q`.
+
+    Triton launches on the current device, which need not be that of the tensors.
+    """
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        yield
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 

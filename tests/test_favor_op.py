@@ -118,6 +118,19 @@ def test_compiles_whole(backend: str, dynamic: bool, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 5])
+def test_gradients_have_the_promised_strides(window: int) -> None:
+    """Those of the inputs, here [B, N, H, D]: a compiled backward pass relies on them."""
+    rng = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(2, 24, 2, 8, generator=rng).transpose(1, 2).requires_grad_() for _ in range(3)
+    ]
+    rows = torch.randn(2, 6, 8, generator=rng)
+    out = favor_attention(*leaves, rows, window=window, backend="eager")
+    for x, grad in zip(leaves, torch.autograd.grad(out, leaves, out.detach()), strict=True):
+        assert grad.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("window", [0, 5])
 def test_exports(window: int) -> None:
     class Attention(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:

@@ -120,3 +120,23 @@ def test_the_public_op_allocates_no_more(combine):
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     assert max(found.bytes) <= 2e9
+
+
+@pytest.mark.parametrize("heads", [1, 12, 100])
+def test_partial_results_of_a_pass_fit_their_budget(heads):
+    """All that lives at a time in the backward pass."""
+    from attnopt.kernels.nsa import triton_selected
+
+    n, p = 65536, PATTERNS["gates"]
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, n, 64, dtype=torch.bfloat16) for _ in range(3))
+        chosen = torch.empty(1, heads, n, p.far, dtype=torch.int32)
+        job = triton_selected._Job(
+            q, k, v, None, torch.empty(1, dtype=torch.int32), chosen, p.select_block,
+            p.near_window, 0.125, "long",
+        )  # fmt: skip
+        held = [*job.partials(), job.segment_gradients(), job.segment_gradients()]
+    assert sum(x.untyped_storage().nbytes() for x in held) <= triton_selected.PASS_BYTES
+    passes = list(job.passes())
+    assert [x for x0, count in passes for x in range(x0, x0 + count)] == list(range(heads))
+    assert max(count for _, count in passes) == job.step == min(heads, 5)

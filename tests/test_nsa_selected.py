@@ -176,3 +176,32 @@ def test_large_blocks_are_cut_into_pieces(size, small_passes):
     expected = exact(q, k, v, mask, chosen, grad, grad_lse, select_block=size, near_window=5)
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     compare(run(inputs, "long", size, 5), expected, tolerance)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("combine", ["merged", "gates"])
+def test_no_limit_on_the_window_is_no_overflow(combine, regime):
+    """2^31 - 1 as a window, or as many local blocks: dense attention, whatever the padding."""
+    from attnopt.kernels.nsa import mean_compress, nsa_attention
+
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 24, 16, generator=rng).to(DEVICE) for _ in range(3))
+    mask = (torch.arange(24) >= torch.tensor([[0], [5]])).to(DEVICE)
+    sizes = {"select_block": 4, "num_selected": 2, "window": 2**31 - 1}
+    gates = None
+    if combine == "gates":
+        sizes |= {"num_selected": 2**29 + 1, "local_blocks": 2**29, "window": 8}
+        gates = torch.tensor([0.0, 1.0, 0.0]).to(DEVICE).expand(2, 2, 24, 3)
+    found = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        means = [mean_compress(x, compress_block=4, compress_stride=4, key_mask=mask)
+                 for x in leaves[1:]]  # fmt: skip
+        with launching(backend):
+            out = nsa_attention(
+                *leaves, *means, gates=gates, combine=combine, key_mask=mask, regime=regime,
+                backend=backend, **sizes,
+            )  # fmt: skip
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, q)])
+    for x, y in zip(*found, strict=True):
+        assert (x - y).abs().max() < 2e-6 * max(1.0, y.abs().max())

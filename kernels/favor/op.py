@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.checks import check_key_mask, check_qkv
-from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
+from attnopt.kernels.dispatch import harmonize_autocast, operator_body, resolve_backend
 from attnopt.kernels.favor.arguments import (
     FEATURE_MAPS,
     TRITON_FEATURE_MAPS,
@@ -247,7 +247,7 @@ def _forward(
     feature_map: str, window: int, window_block: int, causal: bool, stabilizer: str,
     scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         forward, _ = _implementation(backend, q.device)
         return forward(
             q, k, v, projection, log_gate, key_mask, kv, z, log_scale,
@@ -266,14 +266,21 @@ def _backward(
     feature_map: str, window: int, window_block: int, causal: bool, stabilizer: str,
     scale: float, backend: str, projection_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         _, backward = _implementation(backend, q.device)
-        return backward(
+        dq, dk, dv, *others = backward(
             grad, grad_kv, grad_z, q, k, v, projection, log_gate, key_mask, kv, z, log_scale,
             out, lse, log_scale1, seg_kv, seg_z, seg_r, block_r,
             feature_map=feature_map, window=window, window_block=window_block, causal=causal,
             stabilizer=stabilizer, scale=scale, projection_grad=projection_grad,
         )
+        return (_in_layout(dq, q), _in_layout(dk, k), _in_layout(dv, v), *others)
+
+
+def _in_layout(x: Tensor, like: Tensor) -> Tensor:
+    """`x` with the strides of `empty_like(like)`, which are what the fake kernel promises."""
+    wanted = torch.empty_like(like)
+    return x if x.stride() == wanted.stride() else wanted.copy_(x)
 
 
 def _implementation(backend: str, device: torch.device) -> tuple[Callable, Callable]:
@@ -333,12 +340,13 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, _lse, grad_kv, grad_z, *_):
     if grad is None and grad_kv is None and grad_z is None:
         return (None,) * 16
-    q, _, _, projection, log_gate, _, kv, z = ctx.saved_tensors[:8]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
+    q, _, _, projection, log_gate, _, kv, z = saved[:8]
     grads = torch.ops.attnopt.favor_backward(
         torch.zeros_like(q) if grad is None else grad,
         torch.zeros_like(kv) if grad_kv is None else grad_kv,
         torch.zeros_like(z) if grad_z is None else grad_z,
-        *ctx.saved_tensors, ctx.feature_map, ctx.window, ctx.window_block, ctx.causal,
+        *saved, ctx.feature_map, ctx.window, ctx.window_block, ctx.causal,
         ctx.stabilizer, ctx.scale, ctx.backend, ctx.needs_input_grad[3],
     )
     dq, dk, dv, dprojection, dlog_gate, dkv, dz = grads

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.checks import check_head_weights, check_key_mask, check_qkv, check_scale
-from attnopt.kernels.dispatch import harmonize_autocast, resolve_backend
+from attnopt.kernels.dispatch import harmonize_autocast, operator_body, resolve_backend
 from attnopt.kernels.interpreter import repair_bfloat16
 from attnopt.kernels.lastk import eager
 from attnopt.kernels.lastk.reference import lastk_reference
@@ -167,7 +167,7 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         forward, _ = _implementation(backend, q.device)
         return forward(
             q, k, v, log_weights, sink_log_weights, key_mask, scale
@@ -188,7 +188,7 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         _, backward = _implementation(backend, q.device)
         return backward(
             grad, q, k, v, log_weights, sink_log_weights, key_mask, out, lse, scale

@@ -83,7 +83,11 @@ class Call(NamedTuple):
 def make_call(pattern: Pattern, tokens: int, key_mask: Tensor | None, like: Tensor, scale: float,
               regime: str, backend: str) -> Call:
     """The call for rows like those of `like` `[B, ...]`, in its device and precision."""
-    p, batch, device = pattern, like.shape[0], like.device
+    batch, device = like.shape[0], like.device
+    # a window beyond the text means the same, and must not overflow where positions are 32 bits
+    p = pattern._replace(
+        near_window=min(pattern.near_window, tokens), delay=min(pattern.delay, tokens)
+    )
     start = row_starts(key_mask, like)
     blocks = compressed_count(tokens, p.block, p.stride)
     selection = selection_count(tokens, p.select_block)

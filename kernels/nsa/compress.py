@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import check_key_mask
+from attnopt.kernels.checks import FLOATS, check_key_mask
 from attnopt.kernels.nsa.geometry import compressed_count, row_starts
 
 
@@ -63,13 +63,17 @@ def mean_compress(
         a real token.
 
     Raises:
-        ValueError: sizes below 1, or a mask that does not fit.
+        ValueError: sizes below 1, or a tensor or mask that does not fit.
 
     Source: Yuan et al. 2025, "Native Sparse Attention", section 3.3.1, with the mean for phi.
     """
     for name, size in (("compress_block", compress_block), ("compress_stride", compress_stride)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in FLOATS:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError("keys or values must be a floating-point tensor [batch, key heads, "
+                         f"tokens, head_dim]; got {got}")
     check_key_mask(key_mask, x)
     blocks, real = cut_blocks(x, block=compress_block, stride=compress_stride, key_mask=key_mask)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from attnopt.kernels.dispatch import operator_body
 from attnopt.kernels.interpreter import repair_bfloat16
 
 
@@ -34,7 +35,7 @@ def _select(
     offset: int, count: int, sinks: int, block: int, stride: int, select_block: int,
     near_window: int, delay: int, scale: float, backend: str,
 ) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         return _module("select", backend, q.device).select(
             q, k_cmp, bias, real, start, offset=offset, count=count, sinks=sinks, block=block,
             stride=stride, select_block=select_block, near_window=near_window, delay=delay,
@@ -52,7 +53,7 @@ def _compressed_forward(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, bias: Tensor, chosen: Tensor, start: Tensor,
     offset: int, block: int, stride: int, delay: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         return _module("compressed", backend, q.device).compressed_forward(
             q, k_cmp, v_cmp, bias, chosen, start, offset=offset, block=block, stride=stride,
             delay=delay, scale=scale,
@@ -65,7 +66,7 @@ def _compressed_backward(
     chosen: Tensor, start: Tensor, out: Tensor, lse: Tensor,
     offset: int, block: int, stride: int, delay: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         delta = _module("combine", backend, q.device).row_delta(grad, out, grad_lse)
         return _module("compressed", backend, q.device).compressed_backward(
             grad, lse, delta, q, k_cmp, v_cmp, bias, chosen, start, offset=offset, block=block,
@@ -78,7 +79,7 @@ def _selected_forward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, start: Tensor, chosen: Tensor,
     select_block: int, near_window: int, scale: float, regime: str, backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         return _module("selected", backend, q.device).selected_forward(
             q, k, v, key_mask, start, chosen, select_block=select_block, near_window=near_window,
             scale=scale, regime=regime,
@@ -91,7 +92,7 @@ def _selected_backward(
     key_mask: Tensor | None, start: Tensor, chosen: Tensor, out: Tensor, lse: Tensor,
     select_block: int, near_window: int, scale: float, regime: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with operator_body(q):
         delta = _module("combine", backend, q.device).row_delta(grad, out, grad_lse)
         return _module("selected", backend, q.device).selected_backward(
             grad, lse, delta, q, k, v, key_mask, start, chosen, select_block=select_block,
@@ -104,7 +105,8 @@ def _combine(
     first: Tensor, second: Tensor, third: Tensor | None, weights: Tensor, backend: str
 ) -> Tensor:
     outs = [first, second] if third is None else [first, second, third]
-    return _module("combine", backend, first.device).combine_forward(outs, weights)
+    with operator_body(first):
+        return _module("combine", backend, first.device).combine_forward(outs, weights)
 
 
 @torch.library.custom_op("attnopt::nsa_combine_backward", mutates_args=())
@@ -113,8 +115,9 @@ def _combine_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs = [first, second] if third is None else [first, second, third]
-    module = _module("combine", backend, first.device)
-    douts, dweights = module.combine_backward(grad, outs, weights)
+    with operator_body(first):
+        module = _module("combine", backend, first.device)
+        douts, dweights = module.combine_backward(grad, outs, weights)
     none = [] if third is not None else [first.new_empty(0)]
     return (*douts, *none, dweights)
 
@@ -137,10 +140,9 @@ def _save_combined(ctx, inputs, output):
 
 
 def _differentiate_combined(ctx, grad):
-    *grads, dweights = torch.ops.attnopt.nsa_combine_backward(
-        grad, *ctx.saved_tensors, ctx.backend
-    )
-    if ctx.saved_tensors[2] is None:
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
+    *grads, dweights = torch.ops.attnopt.nsa_combine_backward(grad, *saved, ctx.backend)
+    if saved[2] is None:
         grads[2] = None
     return (*grads, dweights, None)
 
@@ -168,9 +170,10 @@ def _differentiate_with(backward):
         rest = (None,) * (3 + len(ctx.options))
         if grad is None and grad_lse is None:
             return (None, None, None, *rest)
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them at the first look
         if grad is None:
-            grad = torch.zeros_like(ctx.saved_tensors[6])  # the output
-        return (*backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options), *rest)
+            grad = torch.zeros_like(saved[6])  # the output
+        return (*backward(grad, grad_lse, *saved, *ctx.options), *rest)
 
     return differentiate
 

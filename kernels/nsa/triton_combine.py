@@ -21,7 +21,7 @@ BLOCK = 32
 @triton.jit
 def load_weight(weights_ptr, strides, head, rows, valid, n: tl.constexpr):
     """Weight n of rows of one head, fp32; `strides` are those of `[B, H, N, n]`."""
-    pointers = weights_ptr + head + rows * strides[2] + n * strides[3]
+    pointers = weights_ptr + head + rows.to(tl.int64) * strides[2] + n * strides[3]
     return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
 
 
@@ -83,7 +83,7 @@ def combine_backward_kernel(
                     0)
     store_rows(dout_ptr + head_offset(dout_strides, b, h), (dout_strides[2], dout_strides[3]),
                row0, valid, w[:, None] * grad.to(tl.float32), BLOCK, COLS, DIM)
-    dweights_ptr += head_offset(dweights_strides, b, h) + rows * dweights_strides[2]
+    dweights_ptr += head_offset(dweights_strides, b, h) + rows.to(tl.int64) * dweights_strides[2]
     tl.store(dweights_ptr, row_dot(grad, out).to(dweights_ptr.dtype.element_ty), mask=valid)
 
 
@@ -106,7 +106,8 @@ def delta_kernel(
                     row0, valid, BLOCK, COLS, DIM)
     delta = row_dot(grad, out)
     if HAS_LSE:
-        pointers = grad_lse_ptr + head_offset(grad_lse_strides, b, h) + rows * grad_lse_strides[2]
+        pointers = grad_lse_ptr + head_offset(grad_lse_strides, b, h)
+        pointers += rows.to(tl.int64) * grad_lse_strides[2]
         delta -= tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
     tl.store(delta_ptr + head.to(tl.int64) * N + rows, delta, mask=valid)
 

@@ -277,7 +277,7 @@ def select(
     if raw:
         lse = bias  # never read
     elif lse is not None:
-        lse = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E.value)
+        lse = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E.value).contiguous()
     else:
         lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
         select_lse_kernel[(triton.cdiv(Nq, tile["BLOCK_Q"]) * B * H,)](

@@ -35,8 +35,8 @@ def selected_forward(
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     job = _Job(q, k, v, key_mask, start, chosen, select_block, near_window, scale, regime)
-    for x0, count in job.passes(partials=1):
-        part, part_lse = job.partials(count)
+    part, part_lse = job.partials()
+    for x0, count in job.passes():
         if job.gathers:
             work = job.work_list(x0, count)
             job.launch_gather(
@@ -65,10 +65,10 @@ def selected_backward(
         "do_ptr": grad, "lse_ptr": lse, "delta_ptr": delta,
         "do_strides": grad.stride(), "lse_strides": lse.stride(),
     }
-    for x0, count in job.passes(partials=1):
-        part, _ = job.partials(count)
-        dk_part, dv_part = job.segment_gradients(count), job.segment_gradients(count)
-        first = start
+    part, _ = job.partials()
+    dk_part, dv_part = job.segment_gradients(), job.segment_gradients()
+    first = start
+    for x0, count in job.passes():
         if job.gathers:
             work = job.work_list(x0, count)
             first = work.first
@@ -103,11 +103,13 @@ class _Job:
         self.gathers = regime == "long" and chosen.shape[3] > 0
         self.has_bits = regime == "short" and chosen.shape[3] > 0
         self.bits = _pack_bits(chosen, self.blocks) if self.has_bits else chosen
-        self.pieces = triton.cdiv(b, _most_keys(q.dtype, self.cols)) if self.gathers else 1
-        self.size = triton.cdiv(b, self.pieces)
+        keys = min(b, self.Nk)
+        self.pieces = triton.cdiv(keys, _most_keys(q.dtype, self.cols)) if self.gathers else 1
+        self.size = triton.cdiv(keys, self.pieces)
         self.chosen = _cut_blocks(chosen, self.pieces).contiguous()
         self.S = self.chosen.shape[3]
         self.segments = count_segments(self.Nq * self.S, self.blocks * self.pieces)
+        self.step = self._heads_at_a_time()
         masked, mask = key_mask is not None, k if key_mask is None else key_mask
         self.shared: dict[str, Any] = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "start_ptr": start,
@@ -123,30 +125,32 @@ class _Job:
             "Wn": near_window, "HAS_BITS": self.has_bits, "HAS_PARTS": self.gathers,
         }
 
-    def passes(self, partials: int) -> Iterator[tuple[int, int]]:
+    def _heads_at_a_time(self) -> int:
+        """Heads whose partial results and segments' gradients fit PASS_BYTES together."""
+        if not self.gathers:
+            return self.heads
+        partials = self.G * self.Nq * self.S * (self.D * self.q.element_size() + 4)
+        gradients = 2 * self.segments * self.size * self.D * 4
+        return max(1, min(self.heads, PASS_BYTES // (partials + gradients)))
+
+    def passes(self) -> Iterator[tuple[int, int]]:
         """First head and number of heads of each pass; all at once where nothing is partial."""
-        step = self.heads
-        if self.gathers:
-            pairs = self.G * self.Nq * self.S * self.D * self.q.element_size()
-            gradients = self.segments * self.size * self.D * 4
-            step = max(1, min(step, PASS_BYTES // max(pairs, gradients)))
-        for x0 in range(0, self.heads, step):
-            yield x0, min(step, self.heads - x0)
+        for x0 in range(0, self.heads, self.step):
+            yield x0, min(self.step, self.heads - x0)
 
     def work_list(self, x0: int, count: int) -> WorkList:
         """The work list of so many heads."""
         chosen = self.chosen.flatten(0, 1)[x0 : x0 + count]
         return make_work_list(chosen, self.blocks * self.pieces)
 
-    def partials(self, count: int) -> tuple[Tensor, Tensor]:
-        """Room for one row per (head, query, slot), and one number."""
-        pairs = count * self.G * self.Nq * self.S if self.gathers else 0
-        part = self.q.new_empty(pairs, self.D)
-        return part, self.q.new_empty(pairs, dtype=torch.float32)
+    def partials(self) -> tuple[Tensor, Tensor]:
+        """Room for one row per (head, query, slot) of a pass, and one number."""
+        pairs = self.step * self.G * self.Nq * self.S if self.gathers else 0
+        return self.q.new_empty(pairs, self.D), self.q.new_empty(pairs, dtype=torch.float32)
 
-    def segment_gradients(self, count: int) -> Tensor:
-        """Room for the gradients of a piece of a block in every segment."""
-        rows = count * self.segments * self.size if self.gathers else 0
+    def segment_gradients(self) -> Tensor:
+        """Room for the gradients of a piece of a block in every segment of a pass."""
+        rows = self.step * self.segments * self.size if self.gathers else 0
         return self.q.new_empty(rows, self.D, dtype=torch.float32)
 
     def tile(self, kernel: str) -> dict[str, int]:
