@@ -347,7 +347,8 @@ def set_trainable(model: PreTrainedModel, parameters: str) -> None:
     for module in trained:
         module.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"nothing to train: the model has no {parameters}; convert it first")
+        why = "its mechanisms learn nothing by themselves" if own else "convert it first"
+        raise ValueError(f"nothing to train: the model has no {parameters}; {why}")
 
 
 def _with_coefficients(model: nn.Module) -> list[AttentionMechanism]:

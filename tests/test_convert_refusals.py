@@ -41,6 +41,7 @@ def mistral():
         (tiny, {0: LastK(), 7: LastK()}, None, "in 0..2; got 7"),
         (tiny, {"0": LastK()}, None, "in 0..2; got '0'"),
         (tiny, LastK(), [], "no layer to convert"),
+        (tiny, LastK(), 1, "layers must be a list of layer indices; got 1"),
         (tiny, {}, None, "no layer to convert"),
         (tiny, {0: LastK()}, [0], "not both"),
         (tiny, "lastk", None, "must be one of LastK, Masks, Favor, NSA; got 'lastk'"),

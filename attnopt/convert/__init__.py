@@ -197,6 +197,8 @@ def _per_layer(
         if layers is not None:
             raise ValueError("give layers or a config per layer, not both")
         configs = dict(config)
+    elif isinstance(layers, int):
+        raise ValueError(f"layers must be a list of layer indices; got {layers!r}")
     else:
         configs = {index: config for index in (range(count) if layers is None else layers)}
     if not configs:

@@ -142,7 +142,8 @@ def check_inputs(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) ->
     if kwargs.get("output_attentions", model.config.output_attentions):
         raise ValueError(
             "output_attentions=True is not possible: converted attention never forms the weights; "
-            "see mask_matrix of attnopt.mechanisms(model)[layer], or use attnopt.dense_attention"
+            "see mask_matrix of attnopt.mechanisms(model)[layer] for masks, or load the original "
+            "model with attn_implementation='eager'"
         )
     if cache is not None and not isinstance(cache, MechanismCache):
         for layer in cache.layers:
