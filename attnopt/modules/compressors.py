@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnopt.kernels.nsa.compress import cut_blocks
+from attnopt.kernels.nsa.compress import average, cut_blocks
 
 
 class Compressor(nn.Module):
@@ -74,11 +74,7 @@ class Compressor(nn.Module):
         return f"block={self.block}, stride={self.stride}"
 
     def _pool(self, blocks: Tensor, real: Tensor | None) -> Tensor:
-        wide = torch.promote_types(blocks.dtype, torch.float32)
-        if real is None:
-            return blocks.mean(3, dtype=wide)
-        weights = real.to(wide) / real.sum(-1, keepdim=True).clamp_min(1)
-        return torch.einsum("bhpld,bpl->bhpd", blocks.to(wide), weights)
+        return average(blocks, real)
 
 
 class WeightedCompressor(Compressor):

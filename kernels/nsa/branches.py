@@ -21,7 +21,7 @@ from attnopt.kernels.nsa.arguments import (
     gates_pattern,
 )
 from attnopt.kernels.nsa.calls import make_call
-from attnopt.kernels.nsa.geometry import near_block, query_positions, row_starts
+from attnopt.kernels.nsa.geometry import near_block, query_positions
 from attnopt.kernels.nsa.reference import (
     compressed_reference,
     select_reference,
@@ -128,6 +128,7 @@ def select_blocks(
     check_compressed(q, {"k_cmp": k_cmp}, tokens, compress_block, compress_stride)
     scale = check_scale(scale, q.shape[3])
     backend = choose_backend(backend, q, pattern.far)
+    call = make_call(pattern, tokens, key_mask, q, scale, "short", backend)
     if backend == "reference":
         with torch.no_grad():
             chosen = select_reference(
@@ -136,9 +137,8 @@ def select_blocks(
                 near_window=pattern.near_window, num_tokens=tokens, key_mask=key_mask, scale=scale,
             )
     else:
-        chosen = make_call(pattern, tokens, key_mask, q, scale, "short", backend).select(q, k_cmp)
-    start = row_starts(key_mask, q)
-    position = query_positions(start, q.shape[2], tokens - q.shape[2])[:, None, :, None]
+        chosen = call.select(q, k_cmp)
+    position = query_positions(call.start, q.shape[2], tokens - q.shape[2])[:, None, :, None]
     own = position // select_block
     local = own - torch.arange(local_blocks - 1, -1, -1, device=q.device)
     local = local.masked_fill((local < 0) | (position < 0), -1)
@@ -189,7 +189,9 @@ def selected_attention(
     backend = choose_backend(backend, q, block_indices.shape[3])
     regime = choose_regime(regime, k.shape[2], backend)
     tokens = k.shape[2]
-    position = query_positions(row_starts(key_mask, k), q.shape[2], tokens - q.shape[2])
+    pattern = gates_pattern(select_block, select_block, select_block, 1, 1, 0, 0)
+    call = make_call(pattern, tokens, key_mask, k, scale, regime, backend)
+    position = query_positions(call.start, q.shape[2], tokens - q.shape[2])
     end = near_block(position, select_block, 0)[:, None, :, None]
     nothing = (block_indices < 0) | (block_indices >= end)
     chosen = _ascending(block_indices.masked_fill(nothing, -1).int())
@@ -197,8 +199,6 @@ def selected_attention(
         return selected_reference(
             q, k, v, chosen, select_block=select_block, key_mask=key_mask, scale=scale
         )[0]
-    pattern = gates_pattern(select_block, select_block, select_block, 1, 1, 0, 0)
-    call = make_call(pattern, tokens, key_mask, k, scale, regime, backend)
     return call.selected(q, k, v, chosen)[0]
 
 

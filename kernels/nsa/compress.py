@@ -76,8 +76,13 @@ def mean_compress(
                          f"tokens, head_dim]; got {got}")
     check_key_mask(key_mask, x)
     blocks, real = cut_blocks(x, block=compress_block, stride=compress_stride, key_mask=key_mask)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    return average(blocks, real).to(x.dtype)
+
+
+def average(blocks: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real tokens of blocks, as `cut_blocks` makes them: `[B, Hkv, P, D]`, wide."""
+    wide = torch.promote_types(blocks.dtype, torch.float32)
     if real is None:
-        return blocks.mean(3, dtype=wide).to(x.dtype)
+        return blocks.mean(3, dtype=wide)
     weights = real.to(wide) / real.sum(-1, keepdim=True).clamp_min(1)
-    return torch.einsum("bhpld,bpl->bhpd", blocks.to(wide), weights).to(x.dtype)
+    return torch.einsum("bhpld,bpl->bhpd", blocks.to(wide), weights)
