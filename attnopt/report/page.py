@@ -2,10 +2,9 @@
 
 import shlex
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from attnopt.report import pictures
@@ -15,10 +14,8 @@ from attnopt.report.style import TEACHER, color_of
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text; it refers to no file and no address outside itself."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number, "bytes": byte_count}
-    template = resources.files("attnopt.report").joinpath("page.html.j2").read_text("utf-8")
-    return environment.from_string(template).render(
+    template = environment("attnopt.report").get_template("page.html.j2")
+    return template.render(
         runs=runs,
         title=f"{' and '.join(run.label for run in runs)} against the teacher",
         verdicts=[_verdict(run) for run in runs if run.evaluation],
@@ -42,6 +39,16 @@ def render(runs: Sequence[Run]) -> str:
         commands=_commands(runs),
         versions=runs[0].about.get("versions", {}),
     )
+
+
+def environment(package: str) -> Environment:
+    """Templates of a package, beside those that all pages share; what they print is escaped."""
+    loaders = [PackageLoader(name, "") for name in dict.fromkeys((package, "attnopt.report"))]
+    made = Environment(
+        loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    made.filters |= {"number": number, "bytes": byte_count}
+    return made
 
 
 def summary_tables(
