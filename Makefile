@@ -9,14 +9,18 @@ MAKEFLAGS += --no-print-directory
 # One thread per process: small matrices on shared cores are slower with two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test nightly lint bench clean
+# Time that `make bench` gives to the scaling run.
+BUDGET ?= 5m
+
+.PHONY: help demo test nightly lint bench gpu-check clean
 
 help:
 	@echo "make demo     train, convert, distill and report on a small teacher; about ten minutes"
 	@echo "make test     the test suite"
 	@echo "make nightly  the slow tests"
 	@echo "make lint     ruff and mypy"
-	@echo "make bench    time the kernels of this machine, after checking them"
+	@echo "make bench    time every op and model on this machine, after checking it; BUDGET=5m"
+	@echo "make gpu-check  kernels of this machine's GPU: right, and how fast; under ten minutes"
 	@echo "make clean    remove .venv and everything built"
 
 demo: $(STAMP)
@@ -27,16 +31,24 @@ test: $(STAMP)
 
 nightly: $(STAMP)
 	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m attnopt bench kernels
+	@$(BIN)/python -m attnopt bench traffic
+	@$(BIN)/python -m attnopt bench safety
 
 # mypy wants the package as it is installed: a folder of links with `kernels` inside.
 lint: $(STAMP)
 	@$(BIN)/ruff check --output-format concise .
 	@rm -rf $(VENV)/types && mkdir -p $(VENV)/types/attnopt
-	@ln -s "$(CURDIR)"/attnopt/* "$(CURDIR)/kernels" $(VENV)/types/attnopt/
+	@ln -s "$(CURDIR)"/attnopt/* "$(CURDIR)/kernels" "$(CURDIR)/bench" $(VENV)/types/attnopt/
 	@cd $(VENV)/types && ../bin/python -m mypy --config-file ../../pyproject.toml
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest -q bench -p no:xdist --benchmark-columns=min,median,iqr,rounds --benchmark-sort=min
+	@$(BIN)/python -m attnopt bench --budget $(BUDGET) --output bench-report
+
+# With the Python, torch and triton that the machine has: nothing is installed.
+gpu-check:
+	@PYTHONPATH=. $(PYTHON) -m attnopt bench gpu-check --output gpu-check.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

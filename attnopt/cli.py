@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from attnopt import __version__
+from attnopt import __version__, cli_bench
 from attnopt import cli_attention as options
 from attnopt.errors import UserError
 
@@ -35,6 +35,8 @@ Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocas
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder written by `attnopt distill`.")]
 OBJECTIVE = "Objective"
+
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.callback()

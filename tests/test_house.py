@@ -26,8 +26,9 @@ caches caches.* modules modules.*
 convert convert.* calibration
 hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
 pretrain evaluate generate samples report report.*
+bench.* bench.*.*
 demo demo_recipe
-cli cli_attention
+cli cli_attention cli_bench
 __main__
 """
 LAYERS = [[f"attnopt.{name}" for name in line.split()] for line in LAYERS.split("\n")[1:-1]]
@@ -38,8 +39,11 @@ MAY_USE_LASTK = {"nsa", "favor"}
 def sources() -> dict[str, Path]:
     """Module name -> file, for everything that is installed."""
     found = {}
-    for folder, prefix in ((ROOT / "attnopt", "attnopt"), (ROOT / "kernels", "attnopt.kernels")):
-        for path in sorted(folder.rglob("*.py")):
+    for prefix, folder in {
+        "attnopt": "attnopt", "attnopt.kernels": "kernels", "attnopt.bench": "bench",
+    }.items():  # fmt: skip
+        folder = ROOT / folder
+        for path in sorted({*folder.rglob("*.py")} - {*folder.glob("suites/*.py")}):
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join([prefix, *[p for p in parts if p != "__init__"]])] = path
     return found
@@ -165,11 +169,11 @@ def test_setup_lists_every_package(monkeypatch):
     monkeypatch.setattr("setuptools.setup", captured.update)
     monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "setup.py"))
-    wanted = {"attnopt.kernels"}
+    wanted = {"attnopt.kernels", "attnopt.bench"}
     for name, path in SOURCES.items():
         wanted.add(name if path.name == "__init__.py" else name.rpartition(".")[0])
     assert set(captured["packages"]) == wanted
-    assert captured["package_dir"] == {"attnopt.kernels": "kernels"}
+    assert captured["package_dir"] == {"attnopt.kernels": "kernels", "attnopt.bench": "bench"}
 
 
 def public_functions(tree: ast.Module):
@@ -241,7 +245,7 @@ def test_every_dependency_is_declared_and_used():
     assert run_time - needed_by_trainer <= used, f"declared but unused: {run_time - used}"
 
 
-@pytest.mark.parametrize("folder", ["tests", "bench"])
+@pytest.mark.parametrize("folder", ["tests", "bench/suites"])
 def test_development_dependencies_are_declared(folder):
     _, everything = declared()
     paths = sorted((ROOT / folder).rglob("*.py"))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
 import importlib.util, json
 import attnopt, attnopt.kernels.lastk.op as op
+from attnopt.bench import files
 theirs = importlib.util.find_spec("kernels")
 theirs = theirs.origin if theirs else None
 print(json.dumps({"attnopt": attnopt.__file__, "op": op.__file__, "theirs": theirs}))
