@@ -183,8 +183,9 @@ def _of_blocks(query: Tensor, k: Tensor, v: Tensor, cache: _Cache, chosen: Tenso
     column = column.clamp(0, cache.tokens - 1)
     if cache.mask is not None:
         seen &= cache.mask.gather(1, column.flatten(1)).view_as(column)
-    index = column.unsqueeze(3).expand(-1, -1, -1, k.shape[3])
-    return _logits(query, k.gather(2, index), seen), v.gather(2, index)
+    b, h = (torch.arange(count, device=k.device) for count in column.shape[:2])
+    rows = b[:, None, None], h[:, None], column  # twice as fast as `gather` on a CPU
+    return _logits(query, k[rows], seen), v[rows]
 
 
 def _logits(query: Tensor, k: Tensor, seen: Tensor) -> Tensor:
