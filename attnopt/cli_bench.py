@@ -128,7 +128,8 @@ def kernels(
     """
     from attnopt.bench.instruments import builds
 
-    _judge(builds, json_path, ops=values(op), **({"archs": values(arch)} if arch else {}))
+    archs = values(arch) or builds.DEFAULT_ARCHS
+    _judge(builds, json_path, ops=values(op), archs=archs)
 
 
 @app.command()

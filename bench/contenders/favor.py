@@ -79,15 +79,17 @@ def _prepare(window: int, phase: str, shape: Shape, dtype: torch.dtype, device: 
     least = _least(shape, phase, dtype, window)
     if phase != "decode":
         return prepare_op(attend, define, tensors, phase, least, fixed=fixed)
-    past = [tensors[name][:, :, :-1] for name in "qkv"]
+    q, k, v = (tensors[name][:, :, :-1] for name in "qkv")
     with torch.no_grad():
-        _, state = favor_attention(*past, fixed["projection"], window=window, return_state=True)
-    last = [tensors[name][:, :, -1:] for name in "qkv"]
+        _, state = favor_attention(
+            q, k, v, fixed["projection"], window=window, return_state=True
+        )
+    tensors |= {name: tensors[name][:, :, -1:] for name in ("q", "grad")}
 
-    def step(_: Tensors) -> Tensor:
-        return favor_decode(*last, fixed["projection"], state, window=window)[0]
+    def step(given: Tensors) -> Tensor:
+        k, v = (given[name][:, :, -1:] for name in "kv")
+        return favor_decode(given["q"], k, v, given["projection"], state, window=window)[0]
 
-    tensors |= {"q": last[0], "grad": tensors["grad"][:, :, -1:]}
     return prepare_op(step, define, tensors, phase, least, fixed=fixed)
 
 

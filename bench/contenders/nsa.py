@@ -110,9 +110,8 @@ def _prepare(pattern: dict[str, Any], phase: str, shape: Shape, dtype: torch.dty
     k_cmp, v_cmp = _compress(pattern, tensors["k"], tensors["v"])
 
     def step(given: Tensors) -> Tensor:
-        return nsa_decode(
-            *(given[name] for name in "qkv"), k_cmp, v_cmp, gates=given.get("gates"), **pattern
-        )
+        q, k, v = (given[name] for name in "qkv")
+        return nsa_decode(q, k, v, k_cmp, v_cmp, gates=given.get("gates"), **pattern)
 
     return prepare_op(step, define, tensors, phase, least)
 
@@ -129,8 +128,16 @@ def _define(pattern: dict[str, Any], dtype: torch.dtype, tensors: Tensors, i: in
     k, v, q = k[:, :, :seen], v[:, :, :seen], q[:, :, i : i + 1]
     means = [x + (x.to(dtype).double() - x).detach() for x in _compress(pattern, k, v)]
     gates = tensors["gates"][:, :, i : i + 1] if "gates" in tensors else None
-    forced = {"sink_blocks": 1, "local_blocks": 2} if gates is not None else {"sink_blocks": 0}
-    return nsa_reference(q, k, v, *means, gates=gates, **pattern, **forced)
+    return _reference(pattern, q, k, v, gates, *means)
+
+
+def _reference(pattern: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None,
+               k_cmp: Tensor, v_cmp: Tensor) -> Tensor:
+    """The definition, with the forced blocks that the op has by default."""
+    sinks, local = (0, None) if gates is None else (1, 2)
+    return nsa_reference(
+        q, k, v, k_cmp, v_cmp, gates=gates, sink_blocks=sinks, local_blocks=local, **pattern
+    )
 
 
 def _prepare_layer(sparse: bool, phase: str, shape: Shape, dtype: torch.dtype,
@@ -189,8 +196,7 @@ def _layer_row(heads: int, sparse: bool, tensors: Tensors, i: int) -> Tensor:
     k, v = (_heads(F.linear(x, w), heads) for w in (w_k, w_v))
     if sparse:
         gates = _heads(F.linear(x[:, -1:], tensors["gate"]).sigmoid(), heads)
-        out = nsa_reference(q, k, v, *_compress(LAYER, k, v), gates=gates, **LAYER,
-                            sink_blocks=1, local_blocks=2)
+        out = _reference(LAYER, q, k, v, gates, *_compress(LAYER, k, v))
     else:
         out = (q @ k.mT * q.shape[3] ** -0.5).softmax(-1) @ v
     return F.linear(out.transpose(1, 2).flatten(2), tensors["out"])[:, None]

@@ -17,7 +17,7 @@ TIMED = ("times", "bytes", "errors", "limit", "flops", "minimal_bytes")
 CONTENDER = ("label", "mechanism", "level", "ours", "library", "version", "partner", "note")
 PREDICTED = ("op", *SETTING, "N", "chip", "seconds", "bound", "dense_seconds")
 # Kind of a file -> its lists of rows with the keys that each row needs.
-ROWS = {
+ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "scaling": {"cells": CELL},
     "gpu-check": {"cells": CELL, "sanitizer": ("tool", "status"), "parts": ("name", "status")},
     "roofline": {"rows": PREDICTED},

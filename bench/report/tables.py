@@ -313,10 +313,10 @@ def summary_table(record: Record) -> list[list[str]]:
     Returns:
         Rows of equal length; columns of levels and sizes only where there are several.
     """
-    rows = [["contender", "level", "phase", "sizes", *SUMMARY]]
+    rows: list[list[str]] = [["contender", "level", "phase", "sizes", *SUMMARY]]
     for curve, entries in summaries(record):
         cell, about = curve.cells[0], curve.about
-        phase = SHORT.get(cell["phase"], cell["phase"])
+        phase = str(SHORT.get(cell["phase"], cell["phase"]))
         rows.append([about["label"], about["level"], phase, sizes(cell), *entries])
     same = [i for i in (1, 3) if len({row[i] for row in rows[1:]}) < 2]
     return [[entry for i, entry in enumerate(row) if i not in same] for row in rows]
