@@ -12,22 +12,32 @@ import torch
 BACKENDS = ("auto", "triton", "eager", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_forced = False
+_forced: str | None = None
 
 
 @contextlib.contextmanager
-def force_triton() -> Iterator[None]:
-    """Send ops with `backend="auto"` to their Triton kernels, whatever the tensors' device.
+def force_backend(name: str) -> Iterator[None]:
+    """Send ops with `backend="auto"` to the named backend, whatever the tensors' device.
 
-    On CPU tensors the kernels then run in Triton's interpreter, which needs `TRITON_INTERPRET=1`
+    On CPU tensors Triton kernels then run in Triton's interpreter, which needs `TRITON_INTERPRET=1`
     in the environment before Triton is imported.
+
+    Raises:
+        ValueError: the backend is unknown.
     """
     global _forced
-    before, _forced = _forced, True
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    before, _forced = _forced, name
     try:
         yield
     finally:
         _forced = before
+
+
+def force_triton() -> contextlib.AbstractContextManager[None]:
+    """Send ops with `backend="auto"` to their Triton kernels: `force_backend("triton")`."""
+    return force_backend("triton")
 
 
 @contextlib.contextmanager
@@ -61,9 +71,11 @@ def resolve_backend(backend: str, q: torch.Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
+        if _forced in ("eager", "reference"):
+            return _forced
         if q.dtype not in TRITON_DTYPES:
             return "eager"
-        if _forced or (q.device.type == "cuda" and _has_tensor_cores(q.device)):
+        if _forced == "triton" or (q.device.type == "cuda" and _has_tensor_cores(q.device)):
             return "triton"
         return "eager"
     if backend == "triton":
@@ -72,7 +84,7 @@ def resolve_backend(backend: str, q: torch.Tensor) -> str:
                 f"backend='triton' takes float16, bfloat16 or float32; got {q.dtype}. "
                 "backend='eager' takes float64 too."
             )
-        if q.device.type != "cuda" and not (_forced or _interpreted()):
+        if q.device.type != "cuda" and not (_forced == "triton" or _interpreted()):
             raise ValueError(
                 f"backend='triton' needs CUDA tensors; got device {q.device}. Use backend='eager' "
                 "there, or set TRITON_INTERPRET=1 to run the kernel in Triton's interpreter."

@@ -50,3 +50,22 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
 def test_autocast_is_off_inside():
     with torch.autocast("cpu", torch.bfloat16), dispatch.operator_body(torch.zeros(1)):
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("name", ["eager", "triton", "reference"])
+def test_a_forced_backend_is_what_auto_means(name):
+    q = torch.zeros(1, 1, 2, 4)
+    before = dispatch.resolve_backend("auto", q)
+    with dispatch.force_backend("reference"), dispatch.force_backend(name):
+        assert dispatch.resolve_backend("auto", q) == name
+        assert dispatch.resolve_backend("eager", q) == "eager"
+    assert dispatch.resolve_backend("auto", q) == before
+    with dispatch.force_triton():
+        assert dispatch.resolve_backend("auto", q) == "triton"
+        assert dispatch.resolve_backend("auto", q.double()) == "eager"
+
+
+def test_an_unknown_backend_cannot_be_forced():
+    with pytest.raises(ValueError, match="backend must be one of .*; got 'cuda'"):
+        with dispatch.force_backend("cuda"):
+            pass

@@ -105,7 +105,7 @@ def causal_blocks(n: int, device: torch.device, window: int | None = None) -> An
         seen = i >= j
         return seen if window is None else seen & (i - j < window)
 
-    return create_block_mask(visible, None, None, n, n, device=device)
+    return create_block_mask(visible, None, None, n, n, device=device, _compile=True)
 
 
 def _flex(tensors: Tensors) -> Tensor:
