@@ -1,0 +1,1 @@
+"""Instruments that judge Triton kernels without a GPU: builds, traffic, safety."""
