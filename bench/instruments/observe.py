@@ -90,9 +90,9 @@ def observing(observer: Observer) -> Iterator[Observer]:
     """Let `observer` hear every launch inside this context."""
     from triton.runtime import interpreter
 
-    from attnopt.kernels.interpreter import repair_bfloat16
+    from attnopt.kernels.interpreter import prepare_interpreter
 
-    repair_bfloat16()  # before the hooks, so that they lie on top of it
+    prepare_interpreter()  # before the hooks, so that they lie on top of it
     builder = interpreter.InterpreterBuilder
     in_programs = _program_hooks(observer, interpreter.TensorHandle)
     hooks = {(builder, name): hook for name, hook in in_programs.items()}
@@ -110,13 +110,11 @@ def observing(observer: Observer) -> Iterator[Observer]:
 def _launch_hooks(observer: Observer, interpreter: ModuleType) -> dict[tuple[Any, str], Callable]:
     """Where the interpreter launches -> what wraps the original."""
     current: dict[str, Any] = {}
-    patched: set[int] = set()
 
     def launch(original: Callable) -> Callable:
         def hooked(own, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003
             current["kernel"] = own.fn.__name__
             while True:
-                patched.clear()
                 original(own, *args, **kwargs)
                 if not observer.launch_ends():
                     return
@@ -145,23 +143,10 @@ def _launch_hooks(observer: Observer, interpreter: ModuleType) -> dict[tuple[Any
 
         return hooked
 
-    def patch(original: Callable) -> Callable:
-        # once per launch and module; at every call of a device function it takes a third of
-        # the time
-        def hooked(function):  # noqa: ANN001
-            module = id(function.__globals__)
-            if module in patched:
-                return interpreter._LangPatchScope()
-            patched.add(module)
-            return original(function)
-
-        return hooked
-
     return {
         (interpreter.GridExecutor, "__call__"): launch,
         (interpreter.GridExecutor, "_init_args_hst"): host_arguments,
         (interpreter.InterpreterBuilder, "set_grid_dim"): grid,
-        (interpreter, "_patch_lang"): patch,
     }
 
 
