@@ -55,11 +55,11 @@ def exact(q, k, v, mask, chosen, grad, grad_lse, **sizes):
 
 def run(inputs, regime, select_block, near_window):
     """The same from the kernels."""
-    from attnopt.kernels.interpreter import repair_bfloat16
+    from attnopt.kernels.interpreter import prepare_interpreter
     from attnopt.kernels.nsa import triton_selected
 
     if DEVICE == "cpu":
-        repair_bfloat16()
+        prepare_interpreter()
     q, k, v, mask, start, chosen, grad, grad_lse = inputs
     options = {
         "select_block": select_block, "near_window": near_window, "scale": q.shape[3] ** -0.5,

@@ -21,7 +21,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from attnopt.kernels.interpreter import repair_bfloat16
+    from attnopt.kernels.interpreter import prepare_interpreter
     from attnopt.kernels.nsa.triton_compressed import compressed_backward, compressed_forward
     from attnopt.kernels.nsa.triton_select import EMPTY, keep_best, rank_keys, select
 
@@ -74,7 +74,7 @@ SELECT = [
 def poisoned_memory() -> Iterator[None]:
     """Fill what torch.empty returns with NaN; let the interpreter compute bf16 as hardware does."""
     if DEVICE == "cpu":
-        repair_bfloat16()
+        prepare_interpreter()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(4, device=DEVICE).isnan().all()

@@ -23,7 +23,7 @@ from attnopt.kernels.favor.arguments import (
 from attnopt.kernels.favor.plan import MAX_FEATURES
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.kernels.favor.state import EMPTY, FavorState, cut_ring, join_ring
-from attnopt.kernels.interpreter import repair_bfloat16
+from attnopt.kernels.interpreter import prepare_interpreter
 from attnopt.kernels.rows import first_real_token
 
 __all__ = ["FEATURE_MAPS", "FavorState", "empty_state", "favor_attention", "favor_decode"]
@@ -287,7 +287,7 @@ def _implementation(backend: str, device: torch.device) -> tuple[Callable, Calla
     """Forward and backward of a backend; Triton is imported only where it is used."""
     if backend == "triton":
         if device.type == "cpu":
-            repair_bfloat16()
+            prepare_interpreter()
         from attnopt.kernels.favor.triton_backward import favor_backward
         from attnopt.kernels.favor.triton_forward import favor_forward
 

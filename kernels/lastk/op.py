@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnopt.kernels.checks import check_head_weights, check_key_mask, check_qkv, check_scale
 from attnopt.kernels.dispatch import harmonize_autocast, operator_body, resolve_backend
-from attnopt.kernels.interpreter import repair_bfloat16
+from attnopt.kernels.interpreter import prepare_interpreter
 from attnopt.kernels.lastk import eager
 from attnopt.kernels.lastk.reference import lastk_reference
 
@@ -199,7 +199,7 @@ def _implementation(backend: str, device: torch.device) -> tuple[Callable, Calla
     """Forward and backward of a backend; Triton is imported only where it is used."""
     if backend == "triton":
         if device.type == "cpu":
-            repair_bfloat16()
+            prepare_interpreter()
         from attnopt.kernels.lastk.triton_backward import lastk_backward
         from attnopt.kernels.lastk.triton_forward import lastk_forward
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from attnopt.kernels.dispatch import operator_body
-from attnopt.kernels.interpreter import repair_bfloat16
+from attnopt.kernels.interpreter import prepare_interpreter
 
 
 def _module(part: str, backend: str, device: torch.device) -> ModuleType:
     """One part of a backend, imported only where it is used."""
     backend = "triton" if backend == "triton" else "eager"
     if backend == "triton" and device.type == "cpu":
-        repair_bfloat16()
+        prepare_interpreter()
     return import_module(f"attnopt.kernels.nsa.{backend}_{part}")
 
 
