@@ -31,9 +31,9 @@ test: $(STAMP)
 
 nightly: $(STAMP)
 	@$(BIN)/python -m pytest -q -m slow
-	@$(BIN)/python -m attnopt bench kernels
 	@$(BIN)/python -m attnopt bench traffic
 	@$(BIN)/python -m attnopt bench safety
+	@$(BIN)/python -m attnopt bench kernels
 
 # mypy wants the package as it is installed: a folder of links with `kernels` inside.
 lint: $(STAMP)

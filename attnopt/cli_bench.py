@@ -75,7 +75,9 @@ def bench(
         list[str] | None, typer.Option(help="A contender's name; repeat for more.")
     ] = None,
     longest: Annotated[
-        int | None, typer.Option(min=256, help="Most tokens.", show_default="as time allows")
+        int | None, typer.Option(
+            min=256, help="Most tokens; lengths are 256, 512, ...", show_default="as time allows"
+        ),
     ] = None,
     device: Annotated[
         Device | None, typer.Option(help="Where to measure.", show_default="a GPU if there is one")
@@ -110,10 +112,14 @@ def bench(
             only=only or (),
             longest=longest,
         )
+    if not any(cell["status"] == "ok" for cell in record["cells"]):
+        raise UserError(f"nothing was measured within {budget}; {results} says why for each cell")
     report.print_summary(record)
     typer.echo(f"results: {results}")
     page = report.write_report([results], output / "report.html")
     typer.echo(f"report: {page}")
+    if record.get("interrupted"):
+        raise typer.Exit(130)
 
 
 @app.command("report")

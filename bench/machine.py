@@ -16,7 +16,7 @@ import psutil
 import torch
 
 import attnopt
-from attnopt.bench.gpu_check_device import Device
+from attnopt.bench.gpu_check.device import Device
 
 PACKAGES = (
     "attnopt", "torch", "triton", "transformers", "numpy", "performer-pytorch",

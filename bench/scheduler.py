@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 from attnopt.bench.contenders import LEVELS, PHASES, Contender, Shape, contenders
 from attnopt.bench.files import write
-from attnopt.bench.worker import Worker, start_server
+from attnopt.bench.growth import exceeded
+from attnopt.bench.worker import OUT_OF_MEMORY, Worker, start_server
+from attnopt.errors import UserError
 
 B, H, D = 1, 12, 64
 FIRST = 256  # tokens
@@ -77,9 +79,11 @@ class Series:
 class Run:
     """A run in progress: its record, written after every group of cells."""
 
-    def __init__(self, record: dict[str, Any], output: Path, dtype: str, bar: Any) -> None:
+    def __init__(
+        self, record: dict[str, Any], output: Path, dtype: str, bar: Any, started: float
+    ) -> None:
         self.record, self.output, self.dtype, self.bar = record, output, dtype, bar
-        self.started = time.monotonic()
+        self.started = started
 
     def elapsed(self) -> float:
         """Seconds since the start."""
@@ -124,6 +128,17 @@ class Run:
         """Cells of one length and phase: prepared, timed in turn, checked."""
         shape, patience = Shape(B, H, D, n), max(60.0, end - self.elapsed())
         alive: list[tuple[Series, Worker, dict[str, Any]]] = []
+        try:
+            self._measure(group, shape, alive, rounds_seconds, patience)
+        finally:
+            for _, worker, _ in alive:
+                worker.stop()
+            self._write()
+
+    def _measure(self, group: list[Series], shape: Shape,
+                 alive: list[tuple[Series, Worker, dict[str, Any]]], rounds_seconds: float,
+                 patience: float) -> None:
+        n = shape.N
         for one in group:
             start = time.monotonic()
             self._say(f"{one.contender.level} {one.phase} N={n} {one.contender.name}")
@@ -136,7 +151,7 @@ class Run:
             one.costs.append(time.monotonic() - start)
             one.bytes.append(found["bytes"] or 0)
             alive.append((one, worker, found | {"times": []}))
-        self._time(alive, rounds_seconds)
+        self._time(alive, rounds_seconds, patience)
         for one, worker, found in alive:
             start = time.monotonic()
             self._say(f"{one.contender.level} {one.phase} N={n} {one.contender.name}: check")
@@ -149,16 +164,16 @@ class Run:
             one.seconds.append(statistics.median(found["times"]))
             found |= checked
             del found["seconds"]
-            wrong = {k: e for k, e in checked["errors"].items() if not e <= found["limit"]}
+            wrong = exceeded(found)
             if wrong:
                 words = ", ".join(f"{name} {error:.2g}" for name, error in wrong.items())
                 reason = f"errors above {found['limit']:.2g}: {words}"
                 self._add(one, n, {"status": "failed its check", "reason": reason})
             else:
                 self._add(one, n, {"status": "ok"} | found)
-        self._write()
 
-    def _time(self, alive: list[tuple[Series, Worker, dict[str, Any]]], seconds: float) -> None:
+    def _time(self, alive: list[tuple[Series, Worker, dict[str, Any]]], seconds: float,
+              patience: float) -> None:
         """Rounds over the living cells, each round starting one further."""
         start, done = time.monotonic(), 0
         for _, _, found in alive:
@@ -171,7 +186,7 @@ class Run:
                 before = time.monotonic()
                 if "error" in found:
                     continue
-                answer = worker.ask("time")
+                answer = worker.ask("time", patience)
                 found["spent"] += time.monotonic() - before
                 if "error" in answer:
                     found["error"] = answer["error"]
@@ -181,7 +196,7 @@ class Run:
 
     def _fail(self, one: Series, n: int, error: str) -> None:
         one.over = True
-        status = "out of memory" if error == "out of memory" else "error"
+        status = OUT_OF_MEMORY if error == OUT_OF_MEMORY else "error"
         self._add(one, n, {"status": status, "reason": error})
 
     def _add(self, one: Series, n: int, found: dict[str, Any]) -> None:
@@ -218,7 +233,8 @@ def run(
         levels: among "op", "layer", "block" and "model".
         phases: among "fwd", "bwd" and "decode".
         only: names of contenders; all by default, with the dense partners of those named.
-        longest: the largest N; by default as far as time and memory go.
+        longest: N stays at or below this, 256 times a power of two; by default as far as time and
+            memory go.
         dtype: of the inputs.
 
     Returns:
@@ -226,7 +242,9 @@ def run(
 
     Raises:
         ValueError: unknown levels, phases or contenders.
+        UserError: there is nothing to measure, or the file cannot be written.
     """
+    started = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the cells' processes, which start from here
     chosen = _choose(levels, phases, only)
     import torch
@@ -243,11 +261,20 @@ def run(
     record["missing"] = {
         c.name: c.missing(device, getattr(torch, dtype)) for c in chosen if c not in present
     }
+    why = [f"{name}: {record['missing'][name]}" for name in only if name in record["missing"]]
+    if why:
+        raise UserError(f"cannot measure {'; '.join(why)}")
+    if not any(phase in c.phases for c in present for phase in phases):
+        raise UserError(f"nothing to measure: no such contender has the phase {', '.join(phases)}")
     record |= {"contenders": {c.name: c.about() for c in present}, "cells": []}
+    try:
+        write(output, record)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
     form = "{percentage:3.0f} % of the budget |{bar}| {elapsed} {desc}"
     start_server(dtype)
     with tqdm(total=budget, bar_format=form) as bar:
-        running = Run(record, output, dtype, bar)
+        running = Run(record, output, dtype, bar, started)
         parts = {n: PLANS[n].part for n in LEVELS if n in {c.level for c in present}}
         try:
             for name, part in parts.items():

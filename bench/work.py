@@ -77,16 +77,20 @@ def favor(
     """Attention through M positive features of a fixed projection, with an exact window.
 
     In units of `2 M D B H` the features cost Nq + Nk, the state Nk and the output Nq: `4 N` forward
-    for N = Nq = Nk. Backward makes the features (2 N) and the state (N) again and adds its adjoint,
-    both gradients of logarithms, dv, dq and dk: `9 N`. The window, with its near pairs, counts as
-    attention. Bytes are q, k, v, the output and the projection `[H, M, D]` in fp32.
+    for N = Nq = Nk, less what a window keeps from the features. Backward makes the features (2 N)
+    and the state (N) again and adds its adjoint, both gradients of logarithms, dv, dq and dk, 9 N in
+    all. The window, with its near pairs, counts as attention. Bytes are q, k, v, the output and the
+    projection `[H, M, D]` in fp32.
 
     A step of decoding costs `4` units; it reads and writes the state, `M (D + 2)` numbers in fp32
     per head, and reads the keys and values of the window.
     """
-    near = _near_tokens(_positions(Nq, Nk), window, window_block) if window else np.zeros(1)
+    p = _positions(Nq, Nk)
+    near = _near_tokens(p, window, window_block) if window else np.zeros(1)
+    far = p + 1 - near if window else p + 1  # keys that a query sees through features
+    seen = int(np.count_nonzero(far)) + int(far.max())  # queries with such keys, and these keys
     unit = 2 * M * D * B * H
-    units = {"fwd": 2 * Nq + 2 * Nk, "bwd": 6.5 * (Nq + Nk), "decode": 4}[_known(phase)]
+    units = {"fwd": 2 * seen, "bwd": 6.5 * seen, "decode": 4}[_known(phase)]
     flops = unit * units + _attention_flops(phase, B * H * D * int(near.sum()))
     keys, state = 2 * Hkv * Nk, 0
     if phase == "decode":

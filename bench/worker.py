@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import io
 import multiprocessing
+import re
 import signal
 import time
 import warnings
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from attnopt.bench.contenders.base import Shape
+from attnopt.errors import UserError
 
 AT_LEAST = 0.02  # seconds of calls behind one time
+OUT_OF_MEMORY = "out of memory"
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory")
 SMALL = 64  # tokens of the call that loads what is loaded once
 
 
@@ -29,6 +33,8 @@ class Worker:
     """A cell's process, as the scheduler sees it."""
 
     def __init__(self, contender: str, phase: str, shape: Shape, dtype: str, memory: int) -> None:
+        if "forkserver" not in multiprocessing.get_all_start_methods():
+            raise UserError("attnopt bench needs a system that can fork: Linux, macOS or WSL")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["attnopt.bench.worker", "attnopt.bench.preload"])
         self._pipe, theirs = context.Pipe()
@@ -48,7 +54,8 @@ class Worker:
         except (EOFError, OSError):
             self._process.join(5)
             code = self._process.exitcode
-            return {"error": "out of memory" if code == -signal.SIGKILL else f"died ({code})"}
+            return {"error": "killed, perhaps for its memory" if code == -signal.SIGKILL
+                    else f"ended with status {code}"}
 
     def stop(self) -> None:
         """End the process."""
@@ -67,6 +74,7 @@ def start_server(dtype: str) -> None:
 def serve(pipe: Connection, contender: str, phase: str, shape: Shape, dtype: str,
           memory: int) -> None:
     """Answer what the scheduler asks, in the process of the cell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler ends its processes
     warnings.simplefilter("ignore")
     cell = _Cell(contender, phase, shape, dtype, memory)
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -81,10 +89,10 @@ def _guarded(answer: Any) -> dict[str, Any]:
     try:
         return answer()
     except MemoryError:
-        return {"error": "out of memory"}
+        return {"error": OUT_OF_MEMORY}
     except Exception as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        return {"error": "out of memory" if "memory" in words else words}
+        return {"error": OUT_OF_MEMORY if NO_MEMORY.search(words) else words}
 
 
 class _Cell:
@@ -110,14 +118,15 @@ class _Cell:
             contender.prepare(self.phase, small, dtype, device).call()
             self.prepared = contender.prepare(self.phase, self.shape, dtype, device)
             _release_freed()
-            before = _resident("VmRSS")
-            _forget_peak()
+            before = _resident("VmRSS") if _forget_peak() else None
             start = time.process_time()
             self.prepared.call()
             seconds = time.process_time() - start
         if self.phase != "decode" or contender.level == "op":  # else each call lengthens the cache
             self.repeat = max(1, round(AT_LEAST / max(seconds, 1e-9)))
-        used = None if before is None else max(0, (_resident("VmHWM") or 0) - before)
+        used = None
+        if before is not None:
+            used = max(0, (_resident("VmHWM") or 0) - before) + self.prepared.state_bytes
         return {"seconds": seconds, "bytes": used, "limit": self.prepared.limit,
                 "flops": self.prepared.work.flops, "minimal_bytes": self.prepared.work.bytes}
 
@@ -131,12 +140,13 @@ class _Cell:
 
     def check(self) -> dict[str, Any]:
         """Errors against the definition."""
-        return {"errors": self.prepared.check()}
+        with _limited(self.memory):
+            return {"errors": self.prepared.check()}
 
 
 @contextlib.contextmanager
 def _limited(extra: int) -> Iterator[None]:
-    """Let the process grow by at most so many bytes; where the system can (Linux, macOS)."""
+    """Let the process grow by at most so many bytes, where its size can be known: on Linux."""
     try:
         import resource
     except ImportError:
@@ -167,7 +177,9 @@ def _release_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _forget_peak() -> None:
-    """Let VmHWM count from here."""
+def _forget_peak() -> bool:
+    """Let VmHWM count from here; whether the system allows it."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+        return True
+    return False

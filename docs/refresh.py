@@ -1,9 +1,10 @@
-"""Put results of the demonstration into the documentation: README.md's table and its picture.
+"""Put committed results into the documentation: tables of the READMEs, the README's picture.
 
     python docs/refresh.py [demo-report]
 
 With the folder of a report of `make demo`, that becomes docs/results/demo first, the user's home
-written as ~. Without, table and picture are made anew from what is there.
+written as ~. Without, tables and picture are made anew from what is there. Tables of measurements
+(`bench/results`) are those of `measured.py` beside this file.
 """
 
 import json
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import measured
 from matplotlib import rc_context
 
 from attnopt.report.page import number, summary_tables
@@ -65,6 +67,9 @@ def main() -> None:
     runs = read_runs()
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda _: table(runs), readme.read_text()))
+    made = measured.blocks()
+    for page in measured.PAGES:
+        page.write_text(measured.refresh(page.read_text(), made))
     panels = [validation_panels(runs)[0], *generation_panels(runs)]
     with rc_context(SETTINGS):
         line_panels(panels).savefig(PICTURE, dpi=160, facecolor="white", bbox_inches="tight")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def prepare_interpreter() -> None:
     _patch_once_per_launch(interpreter)
 
 
-def _patch_once_per_launch(interpreter: ModuleType) -> None:
+def _patch_once_per_launch(interpreter: Any) -> None:
     """Spare the patches of `triton.language` that are in place already."""
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()

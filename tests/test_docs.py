@@ -1,5 +1,6 @@
 """The README: its numbers are those of the committed results, its commands and links exist."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -19,6 +20,32 @@ def test_the_table_is_made_of_the_committed_results():
     assert docs["TABLE"].search(README).group() == docs["table"](docs["read_runs"]()), (
         "run python docs/refresh.py"
     )
+
+
+MEASURED = runpy.run_path(str(ROOT / "docs" / "measured.py"))
+
+
+@pytest.mark.parametrize("page", MEASURED["PAGES"], ids=lambda page: page.parent.name)
+def test_measured_tables_are_made_of_the_committed_results(page):
+    text = page.read_text()
+    assert text == MEASURED["refresh"](text, MEASURED["blocks"]()), "run python docs/refresh.py"
+
+
+def test_every_measured_table_is_shown():
+    shown = [name for page in MEASURED["PAGES"]
+             for _, name, _ in MEASURED["BLOCK"].findall(page.read_text())]  # fmt: skip
+    assert sorted(shown) == sorted(MEASURED["blocks"]())
+
+
+def test_results_say_how_they_were_made():
+    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    assert files
+    for path in files:
+        record = json.loads(path.read_text())
+        assert record["command"].startswith("attnopt bench"), path.name
+        assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name}: {record['commit']}"
+        assert record["machine"]["name"] and record["versions"]["torch"], path.name
+        assert not record.get("interrupted")
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))

@@ -2,7 +2,9 @@
 
 The float64 definition of a whole call is quadratic, that of a few query rows is not: with an
 upstream gradient that is random on those rows and zero on all others, they determine the gradient
-of every input in full. So each timed shape is checked, whatever its length.
+of every input in full. So each timed shape is checked, whatever its length. The rows are runs of
+neighbors, so that keys get gradients from several queries: the first, some across a tile's edge,
+some at random, the last.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from attnopt.bench.work import Work
 
 Tensors = dict[str, Tensor]
 PHASES = ("fwd", "bwd", "decode")
-ROWS = 5  # query rows that a check looks at
-LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+Define = Callable[[Tensors, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,18 @@ class Prepared:
 
     Attributes:
         call: what is timed; on a GPU its work may be asynchronous.
-        check: largest relative error (Frobenius) of each result against its float64 definition, on
+        check: relative error (Frobenius) of each result against its float64 definition, on
             sampled query rows.
         limit: what the errors may be.
         work: the least that any implementation must compute and move.
+        state_bytes: what a step of decoding keeps of the past: a cache or a state.
     """
 
     call: Callable[[], object]
     check: Callable[[], dict[str, float]]
     limit: float
     work: Work
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,63 +139,63 @@ def draw(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int,
 
 def prepare_op(
     attend: Callable[[Tensors], Tensor],
-    define: Callable[[Tensors, list[int]], Tensor],
+    define: Define,
     tensors: Tensors,
     phase: str,
     work: Work,
     *,
     limit: float | None = None,
     fixed: Tensors | None = None,
+    state_bytes: int = 0,
 ) -> Prepared:
     """Make an attention op ready.
 
     Args:
         attend: tensors by name to the output `[B, H, N, D]`.
-        define: float64 tensors by name and some rows of the queries to what the definition says
-            of these, `[B, H, rows, D]`.
+        define: float64 tensors by name and a run of queries, from the first to one past the last,
+            to what the definition says of these, `[B, H, run, D]`.
         tensors: what gets a gradient, by name, and "grad".
         phase: "fwd", "bwd" or "decode".
         work: the least work.
         limit: of the errors, by default that of the dtype.
         fixed: tensors without a gradient.
+        state_bytes: see `Prepared`.
     """
     inputs = dict(tensors)
     grad, fixed = inputs.pop("grad"), fixed or {}
-    names = list(inputs)
+    names, constants = list(inputs), {name: double(x) for name, x in fixed.items()}
+
+    def differentiate(found: Tensor, leaves: Tensors, upstream: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            found, [leaves[name] for name in names], upstream, materialize_grads=True
+        )
 
     def call() -> object:
         if phase != "bwd":
             with torch.no_grad():
                 return attend(inputs | fixed)
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        return torch.autograd.grad(
-            attend(leaves | fixed), list(leaves.values()), grad, materialize_grads=True
-        )
+        return differentiate(attend(leaves | fixed), leaves, grad)
 
     def check() -> dict[str, float]:
-        rows = sampled_rows(grad.shape[2])
-        if phase != "bwd":
-            with torch.no_grad():
-                out = attend(inputs | fixed)
-                exact = {name: double(x) for name, x in (inputs | fixed).items()}
-                return {"out": relative_error(out[:, :, rows], define(exact, rows), out)}
-        sparse = torch.zeros_like(grad)
-        sparse[:, :, rows] = grad[:, :, rows]
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        out = attend(leaves | fixed)
-        found = torch.autograd.grad(out, list(leaves.values()), sparse, materialize_grads=True)
-        exact = {name: double(x).requires_grad_() for name, x in inputs.items()}
-        constants = {name: double(x) for name, x in fixed.items()}
-        truth = define(exact | constants, rows)
-        truths = torch.autograd.grad(
-            truth, list(exact.values()), double(grad[:, :, rows]), materialize_grads=True
-        )
-        errors = {"out": relative_error(out[:, :, rows], truth.detach(), out)}
-        for name, x, y in zip(names, found, truths, strict=True):
-            errors[f"d{name}"] = relative_error(x, y, x)
+        with torch.set_grad_enabled(phase == "bwd"):
+            leaves = {name: x.detach().requires_grad_(phase == "bwd") for name, x in inputs.items()}
+            exact = {name: double(x).requires_grad_(phase == "bwd") for name, x in inputs.items()}
+            out, runs = attend(leaves | fixed), sampled_runs(grad.shape[2])
+            truth = torch.cat([define(exact | constants, *run) for run in runs], 2)
+        rows = [i for run in runs for i in range(*run)]
+        errors = {"out": relative_error(out[:, :, rows], truth, out)}
+        if phase == "bwd":
+            sparse = torch.zeros_like(grad)
+            sparse[:, :, rows] = grad[:, :, rows]
+            ours = differentiate(out, leaves, sparse)
+            theirs = differentiate(truth, exact, double(grad[:, :, rows]))
+            for name, x, y in zip(names, ours, theirs, strict=True):
+                errors[f"d{name}"] = relative_error(x, y, x)
         return errors
 
-    return Prepared(call, check, limit or LIMITS[grad.dtype], work)
+    limit = LIMITS[grad.dtype] if limit is None else limit
+    return Prepared(call, check, limit, work, state_bytes)
 
 
 def double(x: Tensor) -> Tensor:
@@ -199,32 +203,38 @@ def double(x: Tensor) -> Tensor:
     return x.detach().double() if x.is_floating_point() else x
 
 
-def sampled_rows(n: int) -> list[int]:
-    """The last query and some random ones, always the same for a length."""
+def sampled_runs(n: int) -> list[tuple[int, int]]:
+    """Runs of neighboring queries, from the first to one past the last; the same for a length."""
     generator = torch.Generator().manual_seed(n)
-    some = torch.randint(n, (ROWS - 1,), generator=generator).tolist()
-    return sorted({*some, n - 1})
+    starts = torch.randint(n, (2,), generator=generator).tolist()
+    chosen = {*range(2), *range(62, 67), *range(n - 4, n), *starts, *(i + 1 for i in starts)}
+    rows = sorted(i for i in chosen if 0 <= i < n)
+    ends = [i for i in rows if i + 1 not in chosen or i + 1 == n]
+    firsts = [i for i in rows if i - 1 not in chosen or i == 0]
+    return [(first, end + 1) for first, end in zip(firsts, ends, strict=True)]
 
 
-def prefix(tensors: Tensors, i: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The query of row i and the keys and values that it may see; queries are the last tokens."""
+def prefix(tensors: Tensors, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A run of queries and the keys and values up to its last; queries are the last tokens."""
     q, k, v = (tensors[name] for name in "qkv")
-    seen = i + 1 + k.shape[2] - q.shape[2]
-    return q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen]
+    seen = end + k.shape[2] - q.shape[2]
+    return q[:, :, first:end], k[:, :, :seen], v[:, :, :seen]
 
 
-def each_row(define: Callable[[Tensors, int], Tensor]) -> Callable[[Tensors, list[int]], Tensor]:
-    """The definition of several rows from that of one."""
+def causal(scores: Tensor) -> Tensor:
+    """Which of `[..., Nq, Nk]` a query may see, the queries being the last tokens."""
+    Nq, Nk = scores.shape[-2:]
+    return torch.ones(Nq, Nk, dtype=torch.bool, device=scores.device).tril(Nk - Nq)
 
-    def rows_of(tensors: Tensors, rows: list[int]) -> Tensor:
-        return torch.cat([define(tensors, i) for i in rows], 2)
 
-    return rows_of
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of tensors; None has none."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
 def relative_error(found: Tensor, truth: Tensor, everything: Tensor) -> float:
     """`|found - truth| / |truth|`; NaN where anything in `everything` is not finite."""
     if not bool(everything.isfinite().all()):
         return float("nan")
-    scale = float(truth.norm())
-    return float((found.detach().double() - truth).norm()) / (scale if scale > 0 else 1.0)
+    scale = float(truth.detach().norm())
+    return float((found.detach() - truth.detach()).norm()) / (scale if scale > 0 else 1.0)

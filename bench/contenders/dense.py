@@ -15,8 +15,9 @@ from attnopt.bench.contenders.base import (
     Prepared,
     Shape,
     Tensors,
+    causal,
     draw,
-    each_row,
+    nbytes,
     prefix,
     prepare_op,
 )
@@ -25,10 +26,11 @@ SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn":
         "math": "MATH"}
 
 
-def softmax_row(tensors: Tensors, i: int) -> Tensor:
-    """The definition: row i of causal softmax attention."""
-    q, k, v = prefix(tensors, i)
-    return (q @ k.mT * q.shape[3] ** -0.5).softmax(-1) @ v
+def softmax_rows(tensors: Tensors, first: int, end: int) -> Tensor:
+    """The definition: a run of queries of causal softmax attention."""
+    q, k, v = prefix(tensors, first, end)
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    return scores.masked_fill(~causal(scores), -torch.inf).softmax(-1) @ v
 
 
 def dense_contenders() -> list[Contender]:
@@ -58,18 +60,29 @@ def dense_partner(device: torch.device) -> str:
 
 def _prepare(attend: Any, phase: str, shape: Shape, dtype: torch.dtype, device: torch.device,
              seed: int = 0) -> Prepared:
-    tensors = draw(shape, dtype, device, seed, queries=1 if phase == "decode" else None)
+    decode = phase == "decode"
+    tensors = draw(shape, dtype, device, seed, queries=1 if decode else None)
     B, H, D, N = shape.B, shape.H, shape.D, shape.N
     least = work.dense(phase, B, H, H, tensors["q"].shape[2], N, D, dtype.itemsize)
-    return prepare_op(attend, each_row(softmax_row), tensors, phase, least)
+    state = nbytes(tensors["k"], tensors["v"]) if decode else 0
+    return prepare_op(attend, softmax_rows, tensors, phase, least, state_bytes=state)
+
+
+def _plain_sdpa(tensors: Tensors) -> Tensor:
+    q, k, v = (tensors[name] for name in "qkv")
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
 def _sdpa(backend: str, tensors: Tensors) -> Tensor:
+    """SDPA by this backend; naming it takes tens of microseconds, so only where it must be."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = (tensors[name] for name in "qkv")
-    with sdpa_kernel(getattr(SDPBackend, backend)):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    wanted = getattr(SDPBackend, backend)
+    if torch._fused_sdp_choice(q, k, v, is_causal=q.shape[2] > 1) == wanted.value:
+        return _plain_sdpa(tensors)
+    with sdpa_kernel(wanted):
+        return _plain_sdpa(tensors)
 
 
 @cache

@@ -16,8 +16,9 @@ from attnopt.bench.contenders.base import (
     Prepared,
     Shape,
     Tensors,
+    causal,
     draw,
-    each_row,
+    nbytes,
     needs,
     prefix,
     prepare_op,
@@ -75,7 +76,7 @@ def _prepare(window: int, phase: str, shape: Shape, dtype: torch.dtype, device: 
              seed: int = 0) -> Prepared:
     tensors = draw(shape, dtype, device, seed)
     fixed = {"projection": _projection(shape, device)}
-    define, attend = each_row(partial(_define, window)), partial(_attend, window)
+    define, attend = partial(_define, window), partial(_attend, window)
     least = _least(shape, phase, dtype, window)
     if phase != "decode":
         return prepare_op(attend, define, tensors, phase, least, fixed=fixed)
@@ -90,11 +91,13 @@ def _prepare(window: int, phase: str, shape: Shape, dtype: torch.dtype, device: 
         k, v = (given[name][:, :, -1:] for name in "kv")
         return favor_decode(given["q"], k, v, given["projection"], state, window=window)[0]
 
-    return prepare_op(step, define, tensors, phase, least, fixed=fixed)
+    return prepare_op(
+        step, define, tensors, phase, least, fixed=fixed, state_bytes=nbytes(*state)
+    )
 
 
-def _define(window: int, tensors: Tensors, i: int) -> Tensor:
-    out = favor_reference(*prefix(tensors, i), tensors["projection"], window=window)
+def _define(window: int, tensors: Tensors, first: int, end: int) -> Tensor:
+    out = favor_reference(*prefix(tensors, first, end), tensors["projection"], window=window)
     assert isinstance(out, Tensor)
     return out
 
@@ -115,26 +118,27 @@ def _prepare_performer(phase: str, shape: Shape, dtype: torch.dtype, device: tor
         return attention(*(tensors[name] for name in "qkv"))
 
     tensors, least = draw(shape, dtype, device, seed), _least(shape, phase, dtype)
-    return prepare_op(attend, each_row(_performer_row), tensors, phase, least, fixed=fixed)
+    return prepare_op(attend, _performer_rows, tensors, phase, least, fixed=fixed)
 
 
-def _performer_row(tensors: Tensors, i: int) -> Tensor:
-    """Row i of what performer-pytorch computes, which looks at all keys to stabilize."""
+def _performer_rows(tensors: Tensors, first: int, end: int) -> Tensor:
+    """Some rows of what performer-pytorch computes, which looks at all keys to stabilize."""
     rows, normalize = tensors["projection"], tensors["q"].shape[3] ** -0.25
 
     def logits(x: Tensor) -> tuple[Tensor, Tensor]:
         x = normalize * x
         return x @ rows.mT, x.square().sum(-1, keepdim=True) / 2
 
-    q, norm = logits(tensors["q"][:, :, i : i + 1])
+    q, norm = logits(tensors["q"][:, :, first:end])
     phi_q = (q - norm - q.detach().amax(-1, keepdim=True)).exp() + EPSILONS[0]
     k, norm = logits(tensors["k"])
     phi_k = (k - norm - k.detach().amax((-1, -2), keepdim=True)).exp() + EPSILONS[0]
     scale = len(rows) ** -0.5
-    phi_q, phi_k = scale * phi_q, (scale * phi_k)[:, :, : i + 1]
+    phi_q, phi_k = scale * phi_q, (scale * phi_k)[:, :, :end]
     weights = phi_q @ phi_k.mT
-    below = (phi_q * (phi_k.sum(2, keepdim=True) + EPSILONS[1])).sum(-1, keepdim=True)
-    return weights @ tensors["v"][:, :, : i + 1] / below
+    weights = weights * causal(weights)
+    below = weights.sum(-1, keepdim=True) + EPSILONS[1] * phi_q.sum(-1, keepdim=True)
+    return weights @ tensors["v"][:, :, :end] / below
 
 
 def _prepare_fla(phase: str, shape: Shape, dtype: torch.dtype, device: torch.device,
@@ -150,7 +154,7 @@ def _prepare_fla(phase: str, shape: Shape, dtype: torch.dtype, device: torch.dev
 
     tensors, fixed = draw(shape, dtype, device, seed), {"projection": _projection(shape, device)}
     least = _least(shape, phase, dtype)
-    return prepare_op(attend, each_row(partial(_define, 0)), tensors, phase, least, fixed=fixed)
+    return prepare_op(attend, partial(_define, 0), tensors, phase, least, fixed=fixed)
 
 
 def _fla_attention(device: torch.device) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from attnopt.bench.contenders.base import (
     Shape,
     Tensors,
     draw,
-    each_row,
+    nbytes,
     prefix,
     prepare_op,
 )
@@ -63,11 +63,12 @@ def _prepare(attend: Callable[[Tensors], Tensor], window: int, phase: str, shape
     B, H, D, N = shape.B, shape.H, shape.D, shape.N
     Nq = tensors["q"].shape[2]
     least = work.lastk(phase, B, H, H, Nq, N, D, dtype.itemsize, window)
-    return prepare_op(attend, each_row(_define), tensors, phase, least)
+    state = nbytes(tensors["k"], tensors["v"]) if decode else 0
+    return prepare_op(attend, _define, tensors, phase, least, state_bytes=state)
 
 
-def _define(tensors: Tensors, i: int) -> Tensor:
-    return lastk_reference(*prefix(tensors, i), tensors["log_weights"])
+def _define(tensors: Tensors, first: int, end: int) -> Tensor:
+    return lastk_reference(*prefix(tensors, first, end), tensors["log_weights"])
 
 
 def _attend(tensors: Tensors) -> Tensor:

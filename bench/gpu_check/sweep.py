@@ -236,7 +236,7 @@ def _prepare(
         reason = f"an error of {worst:.2g}, expected at most {prepared.limit:.2g}"
         return cell | {"status": "failed its check", "reason": reason}
     with device.hearing() as heard:
-        peak = device.peak(prepared.call)
+        peak = device.peak(prepared.call) + prepared.state_bytes
     launches = {name: entry["launches"] for name, entry in heard.items()}
     cell |= {"status": "ok", "bytes": peak, "kernels": launches}
     cell |= {"flops": prepared.work.flops, "minimal_bytes": prepared.work.bytes}

@@ -209,8 +209,8 @@ def _most_keys(dtype: torch.dtype, cols: int) -> int:
 def _query_tile(dtype: torch.dtype, cols: int, block: int) -> dict[str, int]:
     """Tile sizes of the query-major kernels."""
     if dtype == torch.float32:
-        rows = 64 if cols <= 64 else 16
-        return {"BLOCK_Q": rows, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+        rows, warps = (64, 8) if cols <= 64 else (16, 4)
+        return {"BLOCK_Q": rows, "BLOCK_K": 16, "num_warps": warps, "num_stages": 1}
     return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
@@ -230,8 +230,8 @@ def _gather_forward_tile(dtype: torch.dtype, cols: int, block: int) -> dict[str,
 def _gather_backward_tile(dtype: torch.dtype, cols: int, block: int) -> dict[str, int]:
     """As forward, but dK and dV of the block stay in registers: eight warps where it is large."""
     rows = 16 if dtype == torch.float32 else 32
-    warps = 4 if cols * block <= 64 * 64 else 8
-    return {"BLOCK_Q": rows, "BLOCK_K": block, "num_warps": warps, "num_stages": 1}
+    few = cols * block <= (32 * 32 if dtype == torch.float32 else 64 * 64)
+    return {"BLOCK_Q": rows, "BLOCK_K": block, "num_warps": 4 if few else 8, "num_stages": 1}
 
 
 _TILES = {
