@@ -78,8 +78,8 @@ def favor(
 
     In units of `2 M D B H` the features cost Nq + Nk, the state Nk and the output Nq: `4 N` forward
     for N = Nq = Nk, less what a window keeps from the features. Backward makes the features (2 N)
-    and the state (N) again and adds its adjoint, both gradients of logarithms, dv, dq and dk, 9 N in
-    all. The window, with its near pairs, counts as attention. Bytes are q, k, v, the output and the
+    and the state (N) again and adds its adjoint, both gradients of logarithms, dv, dq and dk: 9 N.
+    The window, with its near pairs, counts as attention. Bytes are q, k, v, the output and the
     projection `[H, M, D]` in fp32.
 
     A step of decoding costs `4` units; it reads and writes the state, `M (D + 2)` numbers in fp32
