@@ -69,7 +69,8 @@ def bench(
         typer.Option(help="Attention alone, with projections, in GPT-2.", show_default="all"),
     ] = None,
     phase: Annotated[
-        list[Phase] | None, typer.Option(show_default="all")
+        list[Phase] | None,
+        typer.Option(help="Forward, forward + backward, a step of decoding.", show_default="all"),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="A contender's name; repeat for more.")

@@ -9,10 +9,10 @@ written as ~. Without, tables and picture are made anew from what is there. Tabl
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
-import measured
 from matplotlib import rc_context
 
 from attnopt.report.page import number, summary_tables
@@ -22,6 +22,7 @@ from attnopt.report.runs import Run
 from attnopt.report.style import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED = runpy.run_path(str(ROOT / "docs" / "measured.py"))
 RESULTS = ROOT / "docs" / "results" / "demo" / "report.json"
 PICTURE = ROOT / "docs" / "demo.png"
 TABLE = re.compile(r"(?<=<!-- demo table -->\n).*(?=<!-- end -->)", re.S)
@@ -67,9 +68,9 @@ def main() -> None:
     runs = read_runs()
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda _: table(runs), readme.read_text()))
-    made = measured.blocks()
-    for page in measured.PAGES:
-        page.write_text(measured.refresh(page.read_text(), made))
+    made = MEASURED["blocks"]()
+    for page in MEASURED["PAGES"]:
+        page.write_text(MEASURED["refresh"](page.read_text(), made))
     panels = [validation_panels(runs)[0], *generation_panels(runs)]
     with rc_context(SETTINGS):
         line_panels(panels).savefig(PICTURE, dpi=160, facecolor="white", bbox_inches="tight")

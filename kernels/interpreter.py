@@ -31,7 +31,7 @@ def prepare_interpreter() -> None:
 
 def _patch_once_per_launch(interpreter: Any) -> None:
     """Spare the patches of `triton.language` that are in place already."""
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patch = interpreter._patch_lang
     patched: set[int] = set()
 
     def patch_once(function):  # noqa: ANN001
@@ -39,15 +39,17 @@ def _patch_once_per_launch(interpreter: Any) -> None:
         if module in patched:
             return interpreter._LangPatchScope()  # with nothing to restore
         patched.add(module)
-        return patch(function)
+        scope = patch(function)
+        restore = scope.restore
 
-    @functools.wraps(launch)
-    def launch_afresh(self, *args, **options):  # noqa: ANN001, ANN002, ANN003
-        patched.clear()
-        return launch(self, *args, **options)
+        def restore_and_forget():  # of a launch; scopes of device functions are not restored
+            patched.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
 
     interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_afresh
 
 
 def _bits_to_float(bits: np.ndarray) -> np.ndarray:
