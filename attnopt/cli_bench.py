@@ -194,6 +194,7 @@ def roofline(
     """Predict the time of every op on T4, A100, H100 and H200 from counted bytes and FLOPs."""
     import json
 
+    from attnopt.bench import machine
     from attnopt.bench import roofline as module
 
     if counted is None:
@@ -206,7 +207,8 @@ def roofline(
             record = json.loads(counted.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {counted}: {error}") from error
-    predicted = module.predict(record)
+    predicted = machine.record("roofline", command(), "cpu") | module.predict(record)
+    predicted["counted"] = {key: record.get(key) for key in ("command", "commit", "versions")}
     module.show(predicted)
     _write(predicted, json_path)
 

@@ -21,7 +21,7 @@ PAGES = [
     *sorted((ROOT / "kernels").glob("*/README.md")),
 ]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
-LENGTHS = (1024, 4096, 16384)
+LENGTHS = {"op": (1024, 4096, 16384), "block": (256, 1024, 4096), "model": (256, 512, 1024)}
 OPS = ("lastk", "favor", "nsa")
 CHIP = "H100"  # of the predictions that are shown
 
@@ -58,28 +58,31 @@ def scaling(name: str, phase: str, level: str, mechanisms: Sequence[str]) -> str
         by_length = {cell["N"]: cell for cell in curve.cells}
         facts = tables.trend(curve)
         times = [
-            quantity(growth.median(by_length[n]), "s") if n in by_length else NONE for n in LENGTHS
+            quantity(growth.median(by_length[n]), "s") if n in by_length else NONE for n in LENGTHS[level]
         ]
         ratios = growth.speedups(curve.cells, curve.partner_cells)
         last = f"{factor(ratios[-1][1])} at {ratios[-1][0]:,}" if ratios else NONE
         ahead = growth.crossover_words(curve.cells, curve.partner_cells) if ratios else NONE
         label = f"**{about['label']}**" if about["ours"] else about["label"]
         rows.append([label, *times, power(facts.time), power(facts.memory), last, ahead])
-    header = ["", *(f"N = {n:,}" for n in LENGTHS), "time", "memory", "against dense", "ahead"]
+    header = ["", *(f"N = {n:,}" for n in LENGTHS[level]), "time", "memory", "against dense", "ahead"]
     return markdown(header, rows) + "\n" + source(name, record)
 
 
 def builds(op: str) -> str:
-    """The worst 16-bit build of every kernel on each architecture."""
-    record, rows = read("kernels"), []
-    own = [row for row in record["rows"] if row["op"] == op and row["dtype"] != "float32"]
-    for kernel in dict.fromkeys(row["kernel"] for row in own):
-        line = [f"`{kernel}`"]
+    """The worst 16-bit build of every kernel and head dimension on each architecture."""
+    record, found = read("kernels"), {}
+    for row in record["rows"]:
+        if row["op"] == op and row["dtype"] != "float32":
+            (dim,) = {re.search(r"-D(\d+)-", case)[1] for case in row["cases"]}
+            found.setdefault((row["kernel"], dim), []).append(row)
+    rows = []
+    for (kernel, dim), some in sorted(found.items(), key=lambda item: (int(item[0][1]), item[0])):
+        line = [f"`{kernel}`, D = {dim}"]
         for arch in record["archs"]:
-            some = [row for row in own if (row["kernel"], row["arch"]) == (kernel, arch)]
-            registers = max(row["registers"] for row in some)
-            stack = max(row["stack"] for row in some)
-            warps = min(row["occupancy"]["warps"] for row in some)
+            own = [row for row in some if row["arch"] == arch]
+            registers, stack = (max(row[key] for row in own) for key in ("registers", "stack"))
+            warps = min(row["occupancy"]["warps"] for row in own)
             line.append(f"{registers} / {stack} / {warps}")
         rows.append(line)
     header = ["registers / stack / warps", *record["archs"]]
@@ -123,7 +126,8 @@ def blocks() -> dict[str, str]:
         "cpu": scaling("cpu", "bwd", "op", everything),
         "cpu-forward": scaling("cpu", "fwd", "op", everything),
         "cpu-decode": scaling("cpu", "decode", "op", everything),
-        "cpu-block": scaling("cpu", "bwd", "block", everything),
+        "cpu-block": scaling("cpu-models", "bwd", "block", everything),
+        "cpu-model": scaling("cpu-models", "bwd", "model", everything),
         "predicted": predicted(),
         **{f"builds-{op}": builds(op) for op in OPS},
         **{f"traffic-{op}": traffic(op) for op in OPS},

@@ -211,6 +211,35 @@ def test_the_command_measures_and_reports(tmp_path):
     assert "report.html" in done.stdout
 
 
+@pytest.mark.parametrize("failures", [[], ["a kernel is wrong"]])
+@pytest.mark.parametrize("name", ["kernels", "traffic", "safety"])
+def test_an_instrument_that_finds_something_exits_with_1(name, failures, tmp_path, monkeypatch):
+    from importlib import import_module
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module = import_module("attnopt.bench.instruments." + name.replace("kernels", "builds"))
+    monkeypatch.setattr(module, "examine", lambda ops=None, **_: {"ops": ops, "failures": failures})
+    monkeypatch.setattr(module, "show", lambda record, **_: print(*record["failures"]))
+    path = tmp_path / "record.json"
+    done = CliRunner().invoke(app, [name, "--op", "nsa", "--json", str(path)])
+    assert done.exit_code == len(failures), done.output
+    record = json.loads(path.read_text())
+    assert record["ops"] == ["nsa"] and record["versions"]["torch"] and "commit" in record
+    assert all(failure in done.output for failure in failures)
+
+
+def test_the_roofline_says_what_it_was_counted_by(tmp_path):
+    counted, path = ROOT / "bench" / "results" / "traffic.json", tmp_path / "predicted.json"
+    done = CliRunner().invoke(app, ["roofline", str(counted), "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    record = json.loads(path.read_text())
+    assert record["counted"]["command"] == json.loads(counted.read_text())["command"]
+    page = CliRunner().invoke(app, ["report", str(path)])
+    assert page.exit_code == 0 and "prediction" in path.with_suffix(".html").read_text().lower()
+    wrong = CliRunner().invoke(app, ["roofline", str(tmp_path / "none.json")])
+    assert isinstance(wrong.exception, UserError) and "none.json" in str(wrong.exception)
+
+
 def test_help_names_every_instrument():
     text = CliRunner().invoke(app, ["--help"]).output
     for name in ("kernels", "traffic", "safety", "roofline", "gpu-check", "report"):
