@@ -49,7 +49,7 @@ def source(name: str, record: dict[str, Any]) -> str:
 
 def scaling(name: str, phase: str, level: str, mechanisms: Sequence[str]) -> str:
     """Times at some lengths, growth, memory, and what that is against dense attention."""
-    record, rows = read(name), []
+    record, rows, lengths = read(name), [], LENGTHS[level]
     for curve in tables.curves(record):
         about = curve.about
         wanted = about["level"] == level and about["mechanism"] in mechanisms
@@ -58,14 +58,16 @@ def scaling(name: str, phase: str, level: str, mechanisms: Sequence[str]) -> str
         by_length = {cell["N"]: cell for cell in curve.cells}
         facts = tables.trend(curve)
         times = [
-            quantity(growth.median(by_length[n]), "s") if n in by_length else NONE for n in LENGTHS[level]
+            quantity(growth.median(by_length[n]), "s") if n in by_length else NONE for n in lengths
         ]
         ratios = growth.speedups(curve.cells, curve.partner_cells)
         last = f"{factor(ratios[-1][1])} at {ratios[-1][0]:,}" if ratios else NONE
         ahead = growth.crossover_words(curve.cells, curve.partner_cells) if ratios else NONE
-        label = f"**{about['label']}**" if about["ours"] else about["label"]
+        peer = about["library"] not in ("attnopt", "torch", "transformers")
+        label = f"{about['label']} {about['version']}" if peer else about["label"]
+        label = f"**{label}**" if about["ours"] else label
         rows.append([label, *times, power(facts.time), power(facts.memory), last, ahead])
-    header = ["", *(f"N = {n:,}" for n in LENGTHS[level]), "time", "memory", "against dense", "ahead"]
+    header = ["", *(f"N = {n:,}" for n in lengths), "time", "memory", "against dense", "ahead"]
     return markdown(header, rows) + "\n" + source(name, record)
 
 

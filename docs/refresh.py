@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = runpy.run_path(str(ROOT / "docs" / "measured.py"))
 RESULTS = ROOT / "docs" / "results" / "demo" / "report.json"
 PICTURE = ROOT / "docs" / "demo.png"
-TABLE = re.compile(r"(?<=<!-- demo table -->\n).*(?=<!-- end -->)", re.S)
+TABLE = re.compile(r"(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def read_runs() -> list[Run]:
