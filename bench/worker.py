@@ -8,7 +8,6 @@ imported torch already, which costs milliseconds.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import multiprocessing
 import re
@@ -17,10 +16,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from attnopt.bench.contenders.base import Shape
+from attnopt.bench.memory import forget_peak, release_freed, resident
 from attnopt.errors import UserError
 
 AT_LEAST = 0.02  # seconds of calls behind one time
@@ -117,8 +116,8 @@ class _Cell:
             small = Shape(self.shape.B, self.shape.H, self.shape.D, min(self.shape.N, SMALL))
             contender.prepare(self.phase, small, dtype, device).call()
             self.prepared = contender.prepare(self.phase, self.shape, dtype, device)
-            _release_freed()
-            before = _resident("VmRSS") if _forget_peak() else None
+            release_freed()
+            before = resident("VmRSS") if forget_peak() else None
             start = time.process_time()
             self.prepared.call()
             seconds = time.process_time() - start
@@ -126,7 +125,7 @@ class _Cell:
             self.repeat = max(1, round(AT_LEAST / max(seconds, 1e-9)))
         used = None
         if before is not None:
-            used = max(0, (_resident("VmHWM") or 0) - before) + self.prepared.state_bytes
+            used = max(0, (resident("VmHWM") or 0) - before) + self.prepared.state_bytes
         return {"seconds": seconds, "bytes": used, "limit": self.prepared.limit,
                 "flops": self.prepared.work.flops, "minimal_bytes": self.prepared.work.bytes}
 
@@ -153,33 +152,10 @@ def _limited(extra: int) -> Iterator[None]:
         yield
         return
     old = resource.getrlimit(resource.RLIMIT_AS)
-    size = _resident("VmSize")
+    size = resident("VmSize")
     if size is not None:
         resource.setrlimit(resource.RLIMIT_AS, (size + extra, old[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, old)
-
-
-def _resident(field: str) -> int | None:
-    """A line of this process's memory, bytes: VmRSS is now, VmHWM the peak; Linux has it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = status.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def _release_freed() -> None:
-    """Give memory that was freed back to the system, so that using it again counts."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _forget_peak() -> bool:
-    """Let VmHWM count from here; whether the system allows it."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-        return True
-    return False

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from attnopt.bench.memory import forget_peak, resident
 from attnopt.kernels.dispatch import force_backend
 
 Call = Callable[[], object]
@@ -78,10 +78,10 @@ class Device:
 
     def peak(self, call: Call) -> int:
         """Bytes that one call needs at most, above what was allocated before."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = _resident("VmRSS")
+        forget_peak()
+        before = resident("VmRSS") or 0
         call()
-        return max(0, _resident("VmHWM") - before)
+        return max(0, (resident("VmHWM") or 0) - before)
 
     def launching(self) -> AbstractContextManager:
         """Let backend="auto" run what it runs on a GPU."""
@@ -237,9 +237,3 @@ def _count(heard: Launched, name: str) -> dict[str, Any]:
     entry = heard.setdefault(name, {"launches": 0})
     entry["launches"] += 1
     return entry
-
-
-def _resident(field: str) -> int:
-    """Resident memory of this process: VmRSS is now, VmHWM the peak (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
