@@ -120,11 +120,6 @@ def needs(distribution: str, module: str) -> Callable[[torch.device, torch.dtype
     return missing
 
 
-def needs_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
-    """`missing` of what runs on GPUs only."""
-    return None if device.type == "cuda" else "needs a GPU"
-
-
 def draw(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int,
          queries: int | None = None) -> Tensors:
     """Draw q, k, v `[B, H, N, D]` and an upstream gradient of unit variance."""

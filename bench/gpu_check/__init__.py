@@ -26,6 +26,7 @@ from attnopt.bench.gpu_check import numerics, steps
 from attnopt.bench.gpu_check.sweep import Sweep
 from attnopt.bench.gpu_check.workers import Event, Failure, Pool, Task
 from attnopt.errors import UserError
+from attnopt.testing import written_kernels
 
 # Of each kind of run: part -> share of the budget after which it ends.
 PARTS = {
@@ -190,8 +191,8 @@ class _Check:
             for task in self.pool.run(tasks, self.until, add, ended, width)
         ]
         cut = sum(case["status"] == "not run" for case in found["cases"])
-        written = numerics.written_kernels()
-        found["never_launched"] = sorted(set(written) - set(found["kernels"]))
+        written = {name for op in numerics.OPS for name in written_kernels(op)}
+        found["never_launched"] = sorted(written - set(found["kernels"]))
         return {"status": "cut", "reason": f"{cut} cases not run"} if cut else None
 
     def _fitting(self) -> int:

@@ -9,12 +9,9 @@ Memory from torch.empty is filled with NaN meanwhile, so that an element nobody 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,19 +59,6 @@ def tasks(rehearse: bool) -> list[Task]:
 def _task(sizes: dict[str, int], index: int) -> Task:
     arguments = {"sizes": sizes, "index": index}
     return Task(cases(sizes)[index].id, f"{__name__}:check", arguments)
-
-
-def written_kernels() -> dict[str, str]:
-    """Name of each Triton kernel of the library, and its op."""
-    found = {}
-    for op in OPS:
-        spec = find_spec(f"attnopt.kernels.{op}")
-        assert spec is not None and spec.origin is not None
-        for path in Path(spec.origin).parent.glob("triton_*.py"):
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                    found[node.name] = op
-    return found
 
 
 @contextlib.contextmanager

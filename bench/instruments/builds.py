@@ -8,7 +8,6 @@ cores, more shared memory or registers than a block has, code that the compiler 
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import pickle
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from attnopt.bench.chips import ARCHS, KIB, occupancy
 from attnopt.errors import UserError
-from attnopt.testing import Case, cases
+from attnopt.testing import Case, cases, written_kernels
 
 OPS = ("lastk", "favor", "nsa")
 DEFAULT_ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -92,18 +91,6 @@ def examine(ops: Sequence[str] | None = None, archs: Sequence[str] = DEFAULT_ARC
         "archs": list(archs), "cases": [case.id for case in chosen],
         "elapsed": time.perf_counter() - begin, "rows": rows, "failures": failures,
     }
-
-
-def written_kernels(op: str) -> list[str]:
-    """Names of the kernels in the op's folder."""
-    spec = find_spec(f"attnopt.kernels.{op}")
-    assert spec is not None and spec.origin is not None
-    return sorted(
-        node.name
-        for path in Path(spec.origin).parent.glob("triton_*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-    )
 
 
 def _check(what: str, given: Sequence[str], known: Sequence[str] | dict) -> None:

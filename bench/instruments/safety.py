@@ -10,14 +10,11 @@ compiler (for these run compute-sanitizer on a GPU), and offsets that overflow a
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +25,7 @@ from attnopt.bench.instruments.safety_memory import poisoned_allocations
 from attnopt.bench.instruments.safety_watch import Watch
 from attnopt.errors import UserError
 from attnopt.kernels.favor import plan
-from attnopt.testing import Case, cases, force_triton
+from attnopt.testing import Case, cases, force_triton, written_kernels
 
 # Sizes that replace those of the cases: for one run, and for up to three orders of programs
 SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -112,18 +109,6 @@ def _plan(ops: Sequence[str]) -> list[tuple[Case, bool]]:
         found += [(case, False) for case in once if case.phase != "fwd"]
         found += [(case, case.phase == "bwd") for case in small if case.phase != "decode"]
     return found
-
-
-def written_kernels(op: str) -> list[str]:
-    """Names of the kernels in an op's `triton_*.py`: functions that end in `_kernel`."""
-    spec = find_spec(f"attnopt.kernels.{op}")
-    assert spec is not None and spec.origin is not None
-    return [
-        node.name
-        for path in sorted(Path(spec.origin).parent.glob("triton_*.py"))
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-    ]
 
 
 def show(record: dict[str, Any]) -> None:
