@@ -28,27 +28,43 @@ _EXPORTS = {
     "nsa_decode": "attnopt.kernels.nsa.op",
     "select_blocks": "attnopt.kernels.nsa.op",
     "selected_attention": "attnopt.kernels.nsa.op",
-    "Favor": "attnopt.config",
-    "LastK": "attnopt.config",
-    "Masks": "attnopt.config",
-    "NSA": "attnopt.config",
-    "NthLast": "attnopt.config",
-    "Window": "attnopt.config",
-    "First": "attnopt.config",
-    "Every": "attnopt.config",
+    "Config": "attnopt.attention",
+    "register_mechanism": "attnopt.attention",
+    "AttentionMechanism": "attnopt.attention.base",
+    "Favor": "attnopt.attention",
+    "LastK": "attnopt.attention",
+    "Masks": "attnopt.attention",
+    "NSA": "attnopt.attention",
+    "NthLast": "attnopt.attention",
+    "Window": "attnopt.attention",
+    "First": "attnopt.attention",
+    "Every": "attnopt.attention",
     "convert": "attnopt.convert",
     "revert": "attnopt.convert",
     "from_pretrained": "attnopt.convert",
     "mechanisms": "attnopt.convert",
     "dense_attention": "attnopt.convert",
-    "redraw": "attnopt.modules.favor",
+    "redraw": "attnopt.attention.favor.module",
     "calibrate": "attnopt.calibration",
     "UserError": "attnopt.errors",
 }
 
 if TYPE_CHECKING:
+    from attnopt.attention import (
+        NSA,
+        Config,
+        Every,
+        Favor,
+        First,
+        LastK,
+        Masks,
+        NthLast,
+        Window,
+        register_mechanism,
+    )
+    from attnopt.attention.base import AttentionMechanism
+    from attnopt.attention.favor.module import redraw
     from attnopt.calibration import calibrate
-    from attnopt.config import NSA, Every, Favor, First, LastK, Masks, NthLast, Window
     from attnopt.convert import convert, dense_attention, from_pretrained, mechanisms, revert
     from attnopt.errors import UserError
     from attnopt.kernels.favor.op import favor_attention, favor_decode
@@ -63,10 +79,11 @@ if TYPE_CHECKING:
         select_blocks,
         selected_attention,
     )
-    from attnopt.modules.favor import redraw
 
 __all__ = [
     "NSA",
+    "AttentionMechanism",
+    "Config",
     "Every",
     "Favor",
     "FavorState",
@@ -93,6 +110,7 @@ __all__ = [
     "nsa_decode",
     "orthogonal_projection",
     "redraw",
+    "register_mechanism",
     "revert",
     "select_blocks",
     "selected_attention",

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from attnopt.attention.base import AttentionMechanism
+from attnopt.attention.favor.module import FavorMechanism
+from attnopt.attention.nsa.module import START, NSAMechanism
 from attnopt.convert import mechanisms
 from attnopt.convert.interface import NAME
 from attnopt.kernels.favor.reference import log_features
 from attnopt.kernels.rows import first_real_token
-from attnopt.modules import AttentionMechanism, FavorMechanism, NSAMechanism
-from attnopt.modules.nsa import START
 
 GATE_BOUNDS = (0.01, 0.99)  # of NSA's gates: beyond them a sigmoid hardly learns
 RIDGE = 1e-6  # of the mean square of a branch

@@ -8,7 +8,7 @@ import typer
 from attnopt.errors import UserError
 
 if TYPE_CHECKING:
-    from attnopt.config import Candidate, Config
+    from attnopt.attention import Candidate, Config
 
 PANEL = "Attention"
 # What BASED pairs its Taylor features with (Arora et al. 2024): one exact block and its past.
@@ -187,7 +187,7 @@ def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
         UserError: an option that means nothing to this mechanism.
         ValueError: a value that the config refuses.
     """
-    from attnopt.config import NSA, Favor, LastK, Masks
+    from attnopt.attention import NSA, Favor, LastK, Masks
 
     given = {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     known = _FLAGS[attention]
@@ -238,7 +238,7 @@ def _flag(name: str) -> str:
 
 
 def _candidate(text: str) -> "Candidate":
-    from attnopt.config import Every, First, NthLast, Window
+    from attnopt.attention import Every, First, NthLast, Window
 
     kinds: dict[str, Callable[[int], Any]] = {"nth": NthLast, "window": Window, "first": First}
     kind, _, number = text.partition(":")

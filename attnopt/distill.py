@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from attnopt.attention import Config
 from attnopt.calibration import calibrate
 from attnopt.checkpoints import prepare_folder, write_folder, write_json
-from attnopt.config import Config
 from attnopt.convert import convert, mechanisms
 from attnopt.data import Split, collate, load_blocks
 from attnopt.errors import UserError

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from attnopt.attention import LastK
 from attnopt.checkpoints import read_json, write_json
-from attnopt.config import LastK
 from attnopt.convert import convert, mechanisms
 from attnopt.data import Split, collate, is_file, load_blocks
 from attnopt.errors import UserError

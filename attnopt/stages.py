@@ -16,7 +16,7 @@ from transformers import (
     get_scheduler,
 )
 
-from attnopt.modules.favor import redraw
+from attnopt.attention.favor.module import redraw
 
 if TYPE_CHECKING:
     from attnopt.trainer import DistillationArguments

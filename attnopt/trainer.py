@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import ModelOutput
 
+from attnopt.attention.base import AttentionMechanism
 from attnopt.checkpoints import WRITE_ERRORS, discard, mark_complete
 from attnopt.convert import dense_attention, mechanisms
 from attnopt.data import collate
@@ -38,7 +39,6 @@ from attnopt.matching import (
     variance,
 )
 from attnopt.metrics import row_metrics, summarize
-from attnopt.modules import AttentionMechanism
 from attnopt.stages import Redraw, StageBorder, stage_schedule
 
 TRAINABLE = ("coefficients", "attention", "all")

@@ -7,14 +7,24 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from attnopt.config import NSA, Every, Favor, First, LastK, Masks, NthLast, Window, config_from_dict
-from attnopt.config.base import BACKENDS
-from attnopt.config.favor import FEATURE_MAPS, MAX_BLOCK, NORMS, STABILIZERS
-from attnopt.config.nsa import COMBINES, COMPRESSIONS, REGIMES
+from attnopt.attention import (
+    NSA,
+    Every,
+    Favor,
+    First,
+    LastK,
+    Masks,
+    NthLast,
+    Window,
+    config_from_dict,
+)
+from attnopt.attention.config import BACKENDS
+from attnopt.attention.favor.config import FEATURE_MAPS, MAX_BLOCK, NORMS, STABILIZERS
+from attnopt.attention.nsa.compressors import COMPRESSORS
+from attnopt.attention.nsa.config import COMBINES, COMPRESSIONS, REGIMES
 from attnopt.kernels import dispatch
 from attnopt.kernels.favor import arguments, projections
 from attnopt.kernels.nsa import arguments as nsa_arguments
-from attnopt.modules.compressors import COMPRESSORS
 
 CONFIGS = [
     LastK(),
@@ -185,7 +195,7 @@ def test_refuses_to_read(data, message):
 
 
 def test_needs_no_torch():
-    code = "import sys, attnopt.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, attnopt.attention; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

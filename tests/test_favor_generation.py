@@ -12,7 +12,7 @@ from small_gpt2 import tiny
 from transformers import DynamicCache
 
 from attnopt import Favor, LastK, convert, dense_attention, mechanisms
-from attnopt.caches import FavorLayer
+from attnopt.attention.favor.cache import FavorLayer
 from attnopt.generate import cache_bytes
 from attnopt.kernels.favor.state import FavorState
 

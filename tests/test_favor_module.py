@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_gpt2 import LENGTH, VOCABULARY, assert_same, snapshot, tiny, tokens
 
-import attnopt.modules.favor as favor
+import attnopt.attention.favor.module as favor
 from attnopt import Favor, LastK, convert, from_pretrained, mechanisms, redraw, revert
+from attnopt.attention import build_mechanism
 from attnopt.kernels.favor.reference import favor_reference
-from attnopt.modules import build_mechanism
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

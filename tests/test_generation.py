@@ -11,7 +11,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attnopt import Every, First, LastK, Masks, NthLast, Window, convert, dense_attention
-from attnopt.caches import SinkWindowLayer
+from attnopt.attention.lastk.cache import SinkWindowLayer
 
 PAD = 0
 

@@ -21,8 +21,8 @@ LAYERS = """
 errors kernels.common kernels.rows kernels.checks kernels.dispatch kernels.interpreter
 kernels.*.*
 kernels.*.op
-kernels.* config config.* testing testing.*
-caches caches.* modules modules.*
+kernels.* testing testing.* attention.config attention.*.config
+attention attention.* attention.*.*
 convert convert.* calibration
 hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
 pretrain evaluate generate samples report report.*

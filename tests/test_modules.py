@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnopt.config import Every, First, LastK, Masks, NthLast, Window
-from attnopt.modules import build_mechanism
+from attnopt.attention import Every, First, LastK, Masks, NthLast, Window, build_mechanism
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
@@ -264,7 +263,7 @@ def test_trains_under_autocast(config):
 
 def test_backend_is_handed_on(monkeypatch):
     asked = []
-    import attnopt.modules.masks as masks
+    import attnopt.attention.lastk.module as masks
 
     def record(*args, backend, **kwargs):
         asked.append(backend)

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from attnopt import NSA, LastK, convert, dense_attention, mechanisms
-from attnopt.caches import MechanismLayer, NSALayer
+from attnopt.attention import build_mechanism
+from attnopt.attention.cache import MechanismLayer
+from attnopt.attention.nsa.cache import NSALayer
+from attnopt.attention.nsa.compressors import Compressor
 from attnopt.generate import cache_bytes
 from attnopt.kernels.nsa.geometry import compressed_count
-from attnopt.modules import build_mechanism
-from attnopt.modules.compressors import Compressor
 
 LAYERS = 3
 

@@ -8,11 +8,11 @@ import torch
 from small_gpt2 import LENGTH, VOCABULARY, assert_same, snapshot, tiny, tokens
 from small_llama import tiny_llama
 
-import attnopt.modules.nsa as nsa
+import attnopt.attention.nsa.module as nsa
 from attnopt import NSA, LastK, convert, from_pretrained, mechanisms, revert
+from attnopt.attention import build_mechanism
 from attnopt.kernels.nsa.compress import mean_compress
 from attnopt.kernels.nsa.reference import nsa_reference
-from attnopt.modules import build_mechanism
 from attnopt.trainer import DistillationTrainer
 
 HEADS, KV_HEADS, DIM, WIDTH = 4, 2, 8, 32

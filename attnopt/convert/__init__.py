@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attnopt.config import Config
+from attnopt.attention import Config
 from attnopt.convert.families import (
     CONFIGS,
     FAMILIES,

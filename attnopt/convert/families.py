@@ -28,10 +28,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from attnopt.caches import MechanismCache
-from attnopt.config import Config, config_from_dict
+from attnopt.attention import Config, build_mechanism, config_from_dict
+from attnopt.attention.base import AttentionMechanism
+from attnopt.attention.cache import MechanismCache
 from attnopt.convert.interface import NAME, check_inputs, pass_context
-from attnopt.modules import AttentionMechanism, build_mechanism
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
-from attnopt.caches import MechanismCache, MechanismLayer
+from attnopt.attention.cache import MechanismCache, MechanismLayer
 
 NAME = "attnopt"
 

@@ -61,7 +61,7 @@ def model_contenders() -> list[Contender]:
 
 
 def _config(name: str, backend: str) -> Any:
-    from attnopt.config import NSA, Favor, LastK
+    from attnopt.attention import NSA, Favor, LastK
 
     if name == "lastk":
         return LastK(window=WINDOW, sinks=SINKS, init="random", backend=backend)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attnopt.config import Favor
+from attnopt.attention import Favor
+from attnopt.attention.base import AttentionMechanism
 from attnopt.kernels.favor.op import favor_attention
 from attnopt.kernels.favor.projections import hedgehog_projection, orthogonal_projection
 from attnopt.kernels.favor.state import FavorState
-from attnopt.modules.base import AttentionMechanism
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -133,7 +133,7 @@ class FavorMechanism(AttentionMechanism):
 
     def make_cache_layer(self) -> CacheLayerMixin:
         """A cache layer of constant size: sums over the past, and the tokens of the window."""
-        from attnopt.caches import FavorLayer
+        from attnopt.attention.favor.cache import FavorLayer
 
         return FavorLayer()
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnopt.config import Candidate, Every, First, LastK, Masks, NthLast, Window
+from attnopt.attention import Candidate, Every, First, LastK, Masks, NthLast, Window
+from attnopt.attention.base import AttentionMechanism
 from attnopt.kernels.lastk.op import lastk_attention
 from attnopt.kernels.rows import first_real_token
-from attnopt.modules.base import AttentionMechanism
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -123,7 +123,7 @@ class LastKMechanism(BandMechanism):
 
     def make_cache_layer(self) -> CacheLayerMixin:
         """A cache layer of W - 1 tokens and the sinks."""
-        from attnopt.caches import band_cache_layer
+        from attnopt.attention.lastk.cache import band_cache_layer
 
         return band_cache_layer(self.config.window, self.config.sinks)
 
@@ -174,7 +174,7 @@ class MasksMechanism(BandMechanism):
         """A cache layer of the band and the sinks, or of everything with `Every`."""
         from transformers.cache_utils import DynamicLayer
 
-        from attnopt.caches import band_cache_layer
+        from attnopt.attention.lastk.cache import band_cache_layer
 
         return (
             DynamicLayer() if self.config.dense else band_cache_layer(self.window, self.num_sinks)

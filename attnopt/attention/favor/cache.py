@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.caches.base import MechanismLayer
+from attnopt.attention.cache import MechanismLayer
 from attnopt.kernels.favor.state import FavorState
 
 if TYPE_CHECKING:
-    from attnopt.modules.base import AttentionMechanism
+    from attnopt.attention.base import AttentionMechanism
 
 
 class FavorLayer(MechanismLayer):

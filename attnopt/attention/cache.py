@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 if TYPE_CHECKING:
-    from attnopt.modules.base import AttentionMechanism
+    from attnopt.attention.base import AttentionMechanism
 
 
 class MechanismCache(Cache):

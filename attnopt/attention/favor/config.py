@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnopt.config.base import BACKENDS, Mechanism, check_choice, check_count, check_flag
+from attnopt.attention.config import BACKENDS, Config, check_choice, check_count, check_flag
 
 FEATURE_MAPS = ("favor", "hedgehog", "exp", "relu", "taylor")
 NORMS = ("chi", "constant")
@@ -15,7 +15,7 @@ _WITHOUT_TRITON = ("auto", "eager", "reference")
 
 
 @dataclass(frozen=True)
-class Favor(Mechanism):
+class Favor(Config):
     """Linear attention through positive features: FAVOR+ (the Performer) and its family.
 
     With a window the nearest tokens enter with their exact softmax weight, under one normalizer.
@@ -46,6 +46,7 @@ class Favor(Mechanism):
     """
 
     mechanism: ClassVar[str] = "favor"
+    implementation: ClassVar[str] = "attnopt.attention.favor.module:FavorMechanism"
 
     num_features: int | None = None
     feature_map: str = "favor"

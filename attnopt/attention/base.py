@@ -7,12 +7,12 @@ C coefficients of one kind.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from attnopt.config import Config
+from attnopt.attention.config import Config
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -31,7 +31,13 @@ class AttentionMechanism(nn.Module):
         head_dim: D.
         hidden_size: width of the hidden states.
         layer_idx: index of the layer in its model.
+        causal: whether a token may see itself and earlier ones only.
+
+    Raises:
+        ValueError: a direction that the mechanism does not have.
     """
+
+    causal_only: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -42,14 +48,21 @@ class AttentionMechanism(nn.Module):
         head_dim: int,
         hidden_size: int,
         layer_idx: int,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        if not causal and self.causal_only:
+            raise ValueError(
+                f"{type(config).__name__} is causal, but this model attends in both directions; "
+                "LastK, Linformer and Favor without a window can do that"
+            )
         self.config = config
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.hidden_size = hidden_size
         self.layer_idx = layer_idx
+        self.causal = causal
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnopt.config.base import BACKENDS, Mechanism, check_choice, check_count
+from attnopt.attention.config import BACKENDS, Config, check_choice, check_count
 
 COMBINES = ("merged", "gates")
 COMPRESSIONS = ("mean", "weighted", "mlp")
@@ -13,7 +13,7 @@ REGIMES = ("auto", "short", "long")
 
 
 @dataclass(frozen=True)
-class NSA(Mechanism):
+class NSA(Config):
     """Native Sparse Attention: compressed blocks, the best blocks token by token, recent tokens.
 
     What is left out is filled in here, so a config holds every value that it stands for.
@@ -38,6 +38,7 @@ class NSA(Mechanism):
     """
 
     mechanism: ClassVar[str] = "nsa"
+    implementation: ClassVar[str] = "attnopt.attention.nsa.module:NSAMechanism"
 
     combine: str = "merged"
     select_block: int = 32

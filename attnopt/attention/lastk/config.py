@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from attnopt.config.base import BACKENDS, Mechanism, check_choice, check_count, check_flag
+from attnopt.attention.config import (
+    BACKENDS,
+    Config,
+    build_from_fields,
+    check_choice,
+    check_count,
+    check_flag,
+)
 
 INITS = ("zeros", "random")
 
 
 @dataclass(frozen=True)
-class LastK(Mechanism):
+class LastK(Config):
     """Softmax over the last `window` tokens and the first `sinks`, each with a learned weight.
 
     The weight of an offset is `sigmoid(alpha)`, one alpha per offset and one per sink.
@@ -30,6 +37,7 @@ class LastK(Mechanism):
     """
 
     mechanism: ClassVar[str] = "lastk"
+    implementation: ClassVar[str] = "attnopt.attention.lastk.module:LastKMechanism"
 
     window: int = 5
     sinks: int = 0
@@ -90,7 +98,7 @@ CANDIDATES = {cls.candidate: cls for cls in (NthLast, Window, First, Every)}
 
 
 @dataclass(frozen=True)
-class Masks(Mechanism):
+class Masks(Config):
     """Softmax under a learned mixture of candidate masks, `m = sum_c sigmoid(alpha_c) M_c`.
 
     Sets of `NthLast`, `Window` and `First` run on the band kernel in linear time; a set with
@@ -107,6 +115,7 @@ class Masks(Mechanism):
     """
 
     mechanism: ClassVar[str] = "masks"
+    implementation: ClassVar[str] = "attnopt.attention.lastk.module:MasksMechanism"
 
     candidates: tuple[Candidate, ...] = tuple(NthLast(n) for n in range(5))
     per_head: bool = False
@@ -138,3 +147,19 @@ class Masks(Mechanism):
         """The config as JSON types; `config_from_dict` reads it back."""
         candidates = [{"candidate": c.candidate, **asdict(c)} for c in self.candidates]
         return {**super().to_dict(), "candidates": candidates}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """Read back what `to_dict` wrote; as `Config.from_dict`, also for an unknown candidate."""
+        values = dict(data)
+        if "candidates" in values:
+            values["candidates"] = tuple(map(_candidate, values["candidates"]))
+        return super().from_dict(values)
+
+
+def _candidate(data: Mapping[str, Any]) -> Candidate:
+    values = dict(data)
+    name: Any = values.pop("candidate", None)
+    if name not in CANDIDATES:
+        raise ValueError(f"candidate must be one of {', '.join(CANDIDATES)}; got {name!r}")
+    return build_from_fields(CANDIDATES[name], name, values)

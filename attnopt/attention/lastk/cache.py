@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from attnopt.caches.base import MechanismLayer
+from attnopt.attention.cache import MechanismLayer
 from attnopt.kernels.rows import first_real_token
 
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.config import NSA
+from attnopt.attention import NSA
+from attnopt.attention.base import AttentionMechanism
+from attnopt.attention.nsa.compressors import COMPRESSORS, Linear
 from attnopt.kernels.nsa.op import (
     compressed_attention,
     nsa_attention,
@@ -21,8 +23,6 @@ from attnopt.kernels.nsa.op import (
     selected_attention,
     sliding_window_attention,
 )
-from attnopt.modules.base import AttentionMechanism
-from attnopt.modules.compressors import COMPRESSORS, Linear
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
@@ -203,6 +203,6 @@ class NSAMechanism(AttentionMechanism):
 
     def make_cache_layer(self) -> CacheLayerMixin:
         """A cache layer of all keys and values, and of the compressed ones."""
-        from attnopt.caches import NSALayer
+        from attnopt.attention.nsa.cache import NSALayer
 
         return NSALayer()

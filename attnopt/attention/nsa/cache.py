@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnopt.caches.base import MechanismLayer
+from attnopt.attention.cache import MechanismLayer
 from attnopt.kernels.nsa.geometry import compressed_count
 from attnopt.kernels.rows import first_real_token
 
 if TYPE_CHECKING:
-    from attnopt.modules.base import AttentionMechanism
-    from attnopt.modules.compressors import Compressor
+    from attnopt.attention.base import AttentionMechanism
+    from attnopt.attention.nsa.compressors import Compressor
 
 # What grows, and along which dimension. Each is a view of a buffer with room to spare.
 GROWING = {"keys": 2, "values": 2, "compressed_keys": 2, "compressed_values": 2, "key_mask": 1}

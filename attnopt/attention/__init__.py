@@ -1,0 +1,47 @@
+"""Attention mechanisms, one folder each: config, module, cache.
+
+Configs are plain dataclasses: importing this loads no torch. `LastK`, `Masks`, `Favor` and `NSA`
+are mechanisms; `NthLast`, `Window`, `First` and `Every` are the candidate masks that `Masks` mixes.
+Positions count from a row's first real token, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+from attnopt.attention.config import Config
+from attnopt.attention.favor.config import Favor
+from attnopt.attention.lastk.config import (
+    Candidate,
+    Every,
+    First,
+    LastK,
+    Masks,
+    NthLast,
+    Window,
+)
+from attnopt.attention.nsa.config import NSA
+from attnopt.attention.registry import (
+    MECHANISMS,
+    build_mechanism,
+    config_from_dict,
+    register_mechanism,
+)
+
+__all__ = [
+    "MECHANISMS",
+    "NSA",
+    "Candidate",
+    "Config",
+    "Every",
+    "Favor",
+    "First",
+    "LastK",
+    "Masks",
+    "NthLast",
+    "Window",
+    "build_mechanism",
+    "config_from_dict",
+    "register_mechanism",
+]
+
+for _config in (LastK, Masks, Favor, NSA):
+    register_mechanism(_config)

@@ -1,0 +1,1 @@
+"""FAVOR+ (the Performer) and its family: attention through positive features."""

@@ -1,0 +1,1 @@
+"""Last-k attention and mixtures of candidate masks."""
