@@ -27,6 +27,11 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 logger = logging.get_logger(__name__)
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it would rather not make twice; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnopt"
+
+
 def prepare_folder(folder: Path) -> Path:
     """Create a folder and return it; raise UserError where nothing can be written in it."""
     probe = folder / f".probe-{uuid.uuid4().hex}"

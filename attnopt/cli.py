@@ -292,6 +292,26 @@ def report(
     typer.echo(f"report: {write_report(runs, output or runs[0])}")
 
 
+@app.command()
+def doctor(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings.")] = None,
+) -> None:
+    """Say what works on this machine and why the rest does not: packages, GPU, ops, Hub, disk.
+
+    Runs every op against its definition. Exits with status 1 where something is broken.
+    """
+    from dataclasses import asdict
+
+    from attnopt.checkpoints import write_json
+    from attnopt.doctor import examine, show
+
+    findings = examine()
+    show(findings)
+    if json_file is not None:
+        write_json(json_file, [asdict(finding) for finding in findings])
+    raise typer.Exit(any(finding.state == "problem" for finding in findings))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from attnopt import __version__
-from attnopt.checkpoints import prepare_folder
+from attnopt.checkpoints import cache_folder, prepare_folder
 from attnopt.demo_recipe import EVALUATE, GENERATE, STUDENTS, TEACHER
 from attnopt.errors import UserError
 from attnopt.report import write_report
@@ -165,8 +165,7 @@ def teacher_folder() -> Path:
     """Where the cache keeps the teacher of this recipe, this version and this Python's texts."""
     recipe = json.dumps([TEACHER, __version__, sys.version_info[:3]], sort_keys=True)
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "attnopt" / f"demo-teacher-{digest}"
+    return cache_folder() / f"demo-teacher-{digest}"
 
 
 def _train_teacher(target: Path, output: Path, progress: Progress) -> None:

@@ -13,7 +13,7 @@ import pytest
 from attnopt import NSA, Favor, First, LastK, Masks, NthLast, UserError, Window, __version__, cli
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report")
+COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report", "doctor")
 
 
 def attnopt(*arguments, status=0):

@@ -25,7 +25,7 @@ kernels.* testing testing.* attention.config attention.*.config
 attention attention.* attention.*.*
 convert convert.* calibration
 hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
-pretrain evaluate generate samples report report.*
+pretrain evaluate generate samples report report.* doctor
 bench.* bench.*.*
 demo demo_recipe
 cli cli_attention cli_bench
