@@ -7,6 +7,19 @@ import torch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_dense(x: object) -> bool:
+    """Whether this is a tensor with strides: not a sparse one, nor anything else."""
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided
+
+
+def describe(x: object) -> str:
+    """What came, for messages: dtype and shape of a tensor, the type of anything else."""
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    kind = "" if x.layout == torch.strided else f" {str(x.layout).removeprefix('torch.')}"
+    return f"{x.dtype}{kind} {tuple(x.shape)}"
+
+
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Check `q` `[B, H, Nq, D]` against `k`, `v` `[B, Hkv, Nk, D]` with `Hkv` dividing `H`.
 
@@ -14,8 +27,8 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         ValueError: naming the argument, what was expected and what came.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor; got {type(x).__name__}")
+        if not is_dense(x):
+            raise ValueError(f"{name} must be a dense tensor; got {describe(x)}")
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, heads, tokens, head_dim]; "
@@ -62,8 +75,8 @@ def check_key_mask(key_mask: torch.Tensor | None, k: torch.Tensor) -> None:
     if key_mask is None:
         return
     expected = (k.shape[0], k.shape[2])
-    if not isinstance(key_mask, torch.Tensor):
-        raise ValueError(f"key_mask must be a tensor; got {type(key_mask).__name__}")
+    if not is_dense(key_mask):
+        raise ValueError(f"key_mask must be a dense tensor; got {describe(key_mask)}")
     if key_mask.dtype != torch.bool:
         raise ValueError(
             f"key_mask must be bool, True for real tokens; got {key_mask.dtype} "
@@ -85,8 +98,8 @@ def check_head_weights(name: str, x: torch.Tensor, q: torch.Tensor, minimum: int
         ValueError: naming the argument, what was expected and what came.
     """
     heads = q.shape[1]
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor; got {type(x).__name__}")
+    if not is_dense(x):
+        raise ValueError(f"{name} must be a dense tensor; got {describe(x)}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be a floating-point tensor; got {x.dtype}")
     if x.dim() not in (1, 2) or (x.dim() == 2 and x.shape[0] != heads):

@@ -98,8 +98,8 @@ def harmonize_autocast(*tensors: Any) -> tuple[Any, ...]:
     What is not a tensor, None above all, is left as it is.
     """
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return tensors
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors  # the first is False for meta tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import FLOATS, check_scale
+from attnopt.kernels.checks import FLOATS, check_scale, describe, is_dense
 from attnopt.kernels.favor.state import FavorState
 
 FEATURE_MAPS = ("favor", "hedgehog", "exp", "relu", "taylor")
@@ -71,9 +71,9 @@ def check_features(
         if projection is not None:
             raise ValueError("feature_map='taylor' takes projection=None: it has no projection")
         projection = q.new_empty(H, 0, D)
-    elif not isinstance(projection, Tensor):
-        raise ValueError(f"projection must be a tensor [M, {D}] or [{H}, M, {D}]; "
-                         f"got {type(projection).__name__}")
+    elif projection is None or not is_dense(projection):
+        raise ValueError(f"projection must be a dense tensor [M, {D}] or [{H}, M, {D}]; "
+                         f"got {describe(projection)}")
     elif projection.dtype not in FLOATS or projection.device != q.device:
         raise ValueError(f"projection must be floating point on {q.device}; "
                          f"got {projection.dtype} on {projection.device}")
@@ -87,8 +87,9 @@ def check_features(
         return projection, q.new_zeros(H, dtype=torch.promote_types(q.dtype, torch.float32))
     if not options.window:
         raise ValueError("log_gate needs a window: without one it cancels")
-    if not isinstance(log_gate, Tensor) or log_gate.dtype not in FLOATS:
-        raise ValueError(f"log_gate must be a floating-point tensor [{H}]; got {log_gate!r}")
+    if not is_dense(log_gate) or log_gate.dtype not in FLOATS:
+        raise ValueError(f"log_gate must be a floating-point tensor [{H}]; "
+                         f"got {describe(log_gate)}")
     if list(log_gate.shape) != [H] or log_gate.device != q.device:
         raise ValueError(f"log_gate must have shape [{H}] on {q.device}; "
                          f"got {list(log_gate.shape)} on {log_gate.device}")

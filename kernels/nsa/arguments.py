@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import FLOATS
+from attnopt.kernels.checks import FLOATS, describe, is_dense
 from attnopt.kernels.dispatch import resolve_backend
 from attnopt.kernels.nsa.geometry import compressed_count, near_window_of
 
@@ -111,10 +111,9 @@ def check_queries(q: Tensor) -> None:
     Raises:
         ValueError: naming what was expected and what came.
     """
-    if not isinstance(q, Tensor) or q.dim() != 4 or q.dtype not in FLOATS:
-        got = f"{q.dtype} {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
+    if not is_dense(q) or q.dim() != 4 or q.dtype not in FLOATS:
         raise ValueError("q must be a floating-point tensor [batch, heads, tokens, head_dim]; "
-                         f"got {got}")
+                         f"got {describe(q)}")
     if 0 in q.shape:
         raise ValueError(f"q must not have an empty dimension; got shape {tuple(q.shape)}")
 
@@ -131,10 +130,9 @@ def check_compressed(q: Tensor, compressed: dict[str, Tensor], tokens: int, bloc
     count = compressed_count(tokens, block, stride)
     shapes = [tuple(x.shape) for x in compressed.values() if isinstance(x, Tensor)]
     for name, x in compressed.items():
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if not is_dense(x) or x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [batch, key heads, blocks, head_dim]; "
-                             f"got {got}")
+                             f"got {describe(x)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must have the dtype and device of q, {q.dtype} on "
                              f"{q.device}; got {x.dtype} on {x.device}")
@@ -162,12 +160,11 @@ def check_branches(separate: dict[str, Tensor | None], k: Tensor, combine: str) 
             continue
         if combine == "merged":
             raise ValueError(f"combine='merged' has one softmax over k and v: leave out {name}")
-        like = isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (
+        like = is_dense(x) and (x.shape, x.dtype, x.device) == (
             k.shape, k.dtype, k.device
         )
         if not like:
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be like k, {k.dtype} {tuple(k.shape)}; got {got}")
+            raise ValueError(f"{name} must be like k, {describe(k)}; got {describe(x)}")
 
 
 def check_gates(gates: Tensor | None, q: Tensor, combine: str) -> None:
@@ -182,10 +179,9 @@ def check_gates(gates: Tensor | None, q: Tensor, combine: str) -> None:
                              "combine='gates' does")
         return
     expected = (*q.shape[:3], 3)
-    if not isinstance(gates, Tensor) or gates.dtype not in FLOATS:
-        got = gates.dtype if isinstance(gates, Tensor) else type(gates).__name__
+    if gates is None or not is_dense(gates) or gates.dtype not in FLOATS:
         raise ValueError("combine='gates' needs floating-point gates [batch, heads, tokens, 3] "
-                         f"(compressed, selected, window); got {got}")
+                         f"(compressed, selected, window); got {describe(gates)}")
     if tuple(gates.shape) != expected or gates.device != q.device:
         raise ValueError(f"gates must have shape {expected} on {q.device}; "
                          f"got {tuple(gates.shape)} on {gates.device}")
@@ -197,9 +193,10 @@ def check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
     Raises:
         ValueError: naming what was expected and what came.
     """
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise ValueError(f"block_indices must be an int32 or int64 tensor; got {got}")
+    if not is_dense(indices) or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"block_indices must be an int32 or int64 tensor; got {describe(indices)}"
+        )
     expected = (k.shape[0], k.shape[1], q.shape[2])
     if indices.dim() != 4 or tuple(indices.shape[:3]) != expected:
         raise ValueError("block_indices must have shape [batch, key heads, queries, selected] = "
