@@ -1,7 +1,7 @@
 """Random calls of the public ops for hypothesis: valid ones, and ones with one argument spoiled."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ class Call:
     options: dict[str, Any]
     spread: float
     spoiled: str = ""
-    notes: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, dict]:
+    def run(
+        self, dtype: torch.dtype | None = None, upstream: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, dict]:
         """The output and the gradients of every floating-point tensor, for a fixed upstream."""
         inputs = {}
         for name, x in self.tensors.items():
@@ -46,10 +47,51 @@ class Call:
                 x = x.detach().to(dtype or x.dtype).requires_grad_()
             inputs[name] = x
         out = self.function(**inputs, **{**self.options, **options})
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        upstream = (self.upstream() if upstream is None else upstream).to(out.dtype)
         wanted = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
         grads = torch.autograd.grad(out, [*wanted.values()], upstream, allow_unused=True)
         return out, dict(zip(wanted, grads, strict=True))
+
+    def upstream(self) -> Tensor:
+        """A gradient of the output."""
+        return torch.randn(self.tensors["q"].shape, generator=torch.Generator().manual_seed(1))
+
+    def documents(self) -> Iterator[tuple["Call", slice]]:
+        """A call for each packed document alone, with its tokens; otherwise just this one."""
+        if self.tensors.get("cu_seqlens") is None:
+            yield self, slice(None)
+            return
+        begin, blocks = 0, 0
+        for end in self.tensors["cu_seqlens"].tolist()[1:]:
+            own = slice(begin, end)
+            cut = {"cu_seqlens": None, **{n: self.tensors[n][:, :, own] for n in ("q", "k", "v")}}
+            if self.op == "nsa":
+                block, stride = (self.options[f"compress_{x}"] for x in ("block", "stride"))
+                held = slice(blocks, blocks + max(0, (end - begin - block) // stride + 1))
+                cut |= {n: self.tensors[n][:, :, held] for n in ("k_cmp", "v_cmp")}
+                gates = self.tensors["gates"]
+                cut["gates"] = None if gates is None else gates[:, :, own]
+                blocks = held.stop
+            yield replace(self, tensors={**self.tensors, **cut}), own
+            begin = end
+
+    def define(self) -> tuple[Tensor, dict]:
+        """What `run` must give, by the definition in float64, of each document alone."""
+        outs, found = [], []
+        for alone, own in self.documents():
+            upstream = self.upstream()[:, :, own]
+            out, grads = alone.run(torch.float64, upstream, backend="reference")
+            outs.append(out)
+            found.append(grads)
+        whole = {}
+        for name in found[0]:
+            parts = [grads[name] for grads in found]
+            if None not in parts:
+                whole[name] = torch.cat(parts, 2) if name in PER_TOKEN else sum(parts)
+        return torch.cat(outs, 2), whole
+
+
+PER_TOKEN = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
 
 
 @st.composite
@@ -76,7 +118,7 @@ def spoiled_calls(draw: Callable) -> Call:
 
 
 HOSTILE: tuple[Any, ...] = (
-    None, -1, 0, 1, 2, 10**6, True, 1.5, float("nan"), float("inf"), "", "text", (), [1],
+    None, -1, 0, 1, 2, 2000, True, 1.5, float("nan"), float("inf"), "", "text", (), [1],
     torch.zeros(2), torch.zeros(2, 3, 4, 5), torch.ones(1, dtype=torch.bool), object(),
 )  # fmt: skip
 
@@ -89,6 +131,8 @@ def _spoil(x: Tensor) -> list[Any]:
         torch.cat([x, x[..., -1:]], -1), torch.cat([x, x[:1]], 0), x.to(torch.complex64),
         x.to_sparse(), torch.zeros(()),
     ]  # fmt: skip
+    if x.dim() == 1:
+        changed += [x.flip(0), -x, x + 1, x[1:], x[:-1]]
     if x.dim() > 1:
         changed += [torch.cat([x, x[:, :1]], 1), x[:, :0]]
     if x.dim() > 2:
@@ -97,9 +141,12 @@ def _spoil(x: Tensor) -> list[Any]:
 
 
 def _inputs(draw: Callable, queries_last: bool = True) -> tuple[dict[str, Any], float, Callable]:
+    packed = draw(st.sampled_from([False, False, True]))
     batch, groups, hkv = (draw(st.integers(1, 3)) for _ in range(3))
+    batch = 1 if packed else batch
     queries = draw(st.integers(1, 40))
-    tokens = queries + (draw(st.sampled_from([0, 0, 1, 9])) if queries_last else 0)
+    extra = draw(st.sampled_from([0, 0, 1, 9]))
+    tokens = queries + (extra if queries_last and not packed else 0)
     dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES))
     spread, rng = draw(st.sampled_from(SPREADS)), torch.Generator()
     rng.manual_seed(draw(st.integers(0, 2**20)))
@@ -109,8 +156,12 @@ def _inputs(draw: Callable, queries_last: bool = True) -> tuple[dict[str, Any], 
 
     layout = draw(st.sampled_from(LAYOUTS))
     q, k, v = make_qkv(layout, batch, hkv * groups, hkv, queries, tokens, dim, rand)
-    mask = make_mask(draw(st.sampled_from(MASKS)), batch, tokens, rng)
-    tensors = {"q": spread * q, "k": spread * k, "v": v, "key_mask": mask}
+    mask, documents = make_mask(draw(st.sampled_from(MASKS)), batch, tokens, rng), None
+    if packed:
+        cuts = draw(st.sets(st.integers(1, tokens), max_size=5)) - {tokens}
+        documents = torch.tensor([0, *sorted(cuts), tokens])
+        mask = None
+    tensors = {"q": spread * q, "k": spread * k, "v": v, "key_mask": mask, "cu_seqlens": documents}
     return tensors, spread, rand
 
 
@@ -119,7 +170,8 @@ def _scale(draw: Callable) -> float | None:
 
 
 def _lastk(draw: Callable) -> Call:
-    tensors, spread, rand = _inputs(draw)
+    causal = draw(st.sampled_from([True, True, False]))
+    tensors, spread, rand = _inputs(draw, queries_last=causal)
     heads, tokens = tensors["q"].shape[1], tensors["k"].shape[2]
     window, sinks = draw(st.integers(1, tokens + 5)), draw(st.sampled_from([None, 0, 1, 3, 50]))
 
@@ -128,14 +180,16 @@ def _lastk(draw: Callable) -> Call:
         values = rand(*shape).to(torch.float64 if draw(st.booleans()) else torch.float32)
         return values.masked_fill(rand(*shape) > draw(st.sampled_from([9.0, 0.5])), -torch.inf)
 
-    tensors["log_weights"] = weights(window)
+    tensors["log_weights"] = weights(window if causal else 2 * window - 1)
     tensors["sink_log_weights"] = None if sinks is None else weights(sinks)
-    return Call("lastk", lastk_attention, tensors, {"scale": _scale(draw)}, spread)
+    options = {"scale": _scale(draw), "causal": causal}
+    return Call("lastk", lastk_attention, tensors, options, spread)
 
 
 def _sliding(draw: Callable) -> Call:
-    tensors, spread, _ = _inputs(draw)
-    options = {"window": draw(st.integers(1, 60)), "scale": _scale(draw)}
+    causal = draw(st.booleans())
+    tensors, spread, _ = _inputs(draw, queries_last=causal)
+    options = {"window": draw(st.integers(1, 60)), "scale": _scale(draw), "causal": causal}
     return Call("sliding", sliding_window_attention, tensors, options, spread)
 
 
@@ -166,7 +220,7 @@ def _favor(draw: Callable) -> Call:
 
 def _nsa(draw: Callable) -> Call:
     tensors, spread, rand = _inputs(draw)
-    q, k, v, mask = tensors.values()
+    q, k, v, mask, documents = tensors.values()
     select = draw(st.integers(1, 9))
     gates = draw(st.booleans())
     block = draw(st.integers(1, 9)) if gates else select
@@ -174,7 +228,7 @@ def _nsa(draw: Callable) -> Call:
     sinks, local = draw(st.integers(0, 2)), draw(st.integers(0, 2)) if gates else 0
     for name, x in (("k_cmp", k), ("v_cmp", v)):
         tensors[name] = mean_compress(
-            x, compress_block=block, compress_stride=stride, key_mask=mask
+            x, compress_block=block, compress_stride=stride, key_mask=mask, cu_seqlens=documents
         )
     shape = (*q.shape[:3], 3)
     tensors["gates"] = rand(*shape).sigmoid() if gates else None
@@ -196,22 +250,24 @@ def _nsa(draw: Callable) -> Call:
 BUILDERS = (_lastk, _sliding, _favor, _nsa)
 
 
-def selection(call: Call, dtype: torch.dtype) -> Tensor | None:
+def selections(call: Call, dtype: torch.dtype) -> list[Tensor]:
     """The blocks that a call of NSA selects in this precision; near ties may differ."""
     if call.op != "nsa":
-        return None
+        return []
     o = call.options
-    merged = o["combine"] == "merged"
-    return select_blocks(
-        call.tensors["q"].to(dtype),
-        call.tensors["k_cmp"].to(dtype),
-        compress_block=o["compress_block"],
-        compress_stride=o["compress_stride"],
-        select_block=o["select_block"],
-        num_selected=o["num_selected"],
-        sink_blocks=o["sink_blocks"],
-        local_blocks=0 if merged else o["local_blocks"],
-        num_tokens=call.tensors["k"].shape[2],
-        key_mask=call.tensors["key_mask"],
-        scale=o["scale"],
-    )
+    return [
+        select_blocks(
+            alone.tensors["q"].to(dtype),
+            alone.tensors["k_cmp"].to(dtype),
+            compress_block=o["compress_block"],
+            compress_stride=o["compress_stride"],
+            select_block=o["select_block"],
+            num_selected=o["num_selected"],
+            sink_blocks=o["sink_blocks"],
+            local_blocks=o["local_blocks"] or 0,
+            num_tokens=alone.tensors["k"].shape[2],
+            key_mask=alone.tensors["key_mask"],
+            scale=o["scale"],
+        )
+        for alone, _ in call.documents()
+    ]

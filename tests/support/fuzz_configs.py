@@ -10,7 +10,7 @@ from attnopt import Every, First, NthLast, Window
 from attnopt.attention import MECHANISMS
 
 SMALL = st.integers(0, 12)
-NONSENSE = st.sampled_from([-1, 1.5, True, float("nan"), "text", "", (), [], {}, object(), 10**9])
+NONSENSE = st.sampled_from([-1, 1.5, True, float("nan"), "text", "", (), [], {}, object(), 2000])
 WORDS: dict[str, tuple[str, ...]] = {
     "init": ("zeros", "random", "mean"),
     "backend": ("auto", "eager", "reference", "triton"),
