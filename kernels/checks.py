@@ -126,3 +126,13 @@ def check_scale(scale: float | None, dim: int) -> float:
     ):
         raise ValueError(f"scale must be a finite number or None; got {scale!r}")
     return float(scale)
+
+
+def check_causal(causal: bool) -> None:
+    """Check the direction of attention.
+
+    Raises:
+        ValueError: anything but True and False.
+    """
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False; got {causal!r}")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import FLOATS, check_scale, describe, is_dense
+from attnopt.kernels.checks import FLOATS, check_causal, check_scale, describe, is_dense
 from attnopt.kernels.favor.state import FavorState
 
 FEATURE_MAPS = ("favor", "hedgehog", "exp", "relu", "taylor")
@@ -48,8 +48,7 @@ def check_options(
     if not whole or not 1 <= window_block <= MAX_BLOCK:
         raise ValueError(f"window_block must be an integer in 1..{MAX_BLOCK}; "
                          f"got {window_block!r}")
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal must be True or False; got {causal!r}")
+    check_causal(causal)
     if window and not causal:
         raise ValueError(f"a window needs causal=True; got window={window}")
     scale = check_scale(scale, q.shape[3])

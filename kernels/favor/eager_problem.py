@@ -51,7 +51,7 @@ class Plan:
              itemsize: int) -> Plan:
         """Plan for queries of shape `q` `[B, H, Nq, D]`."""
         B, H, Nq, _ = q
-        delay, C, limit = 0, CHUNK, Nk
+        delay, C, limit = 0, min(CHUNK, Nk), Nk
         if window:
             delay = window - 1
             C = block if block >= SMALL_BLOCK else block * (-(-CHUNK // block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from attnopt.kernels.favor.plan import MAX_FEATURES
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.kernels.favor.state import EMPTY, FavorState, cut_ring, join_ring
 from attnopt.kernels.interpreter import prepare_interpreter
+from attnopt.kernels.packing import lay_out_inputs
 from attnopt.kernels.rows import first_real_token
 
 __all__ = ["FEATURE_MAPS", "FavorState", "empty_state", "favor_attention", "favor_decode"]
@@ -41,6 +43,8 @@ def favor_attention(
     log_gate: Tensor | None = None,
     causal: bool = True,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     scale: float | None = None,
     stabilizer: str = "running",
     initial_state: FavorState | None = None,
@@ -76,6 +80,11 @@ def favor_attention(
         log_gate: `[H]`, how much the far keys weigh; only with a window (without, it cancels).
         causal: whether a query sees only keys up to its own position.
         key_mask: `[B, Nk]` bool, True for real tokens.
+        cu_seqlens: int32 or int64 `[S + 1]`, where packed documents begin and end: 0 first,
+            strictly increasing, N last. They never see each other. With B = 1, Nq = Nk, without
+            mask and state.
+        max_seqlen: length of the longest document, or more: rows of this length then hold one
+            document each and nothing is read from the device. None groups documents by length.
         scale: factor of the scores, positive, `1/sqrt(D)` by default.
         stabilizer: "running" keeps a running maximum per feature, precise for any norm; the
             maximum over a block sees later keys of that block, which cancels but for rounding.
@@ -100,6 +109,16 @@ def favor_attention(
     hedgehog: Zhang et al. 2024, section 4; taylor: Arora et al. 2024 ("Based"), section 3.1.
     """
     q, k, v = harmonize_autocast(q, k, v)
+    if cu_seqlens is not None:
+        if initial_state is not None or return_state:
+            raise ValueError("packed documents (cu_seqlens) neither take nor return a state")
+        layout = lay_out_inputs(q, k, v, cu_seqlens, max_seqlen, key_mask)
+        attend = partial(
+            favor_attention, projection=projection, feature_map=feature_map, window=window,
+            window_block=window_block, log_gate=log_gate, causal=causal, scale=scale,
+            stabilizer=stabilizer, backend=backend,
+        )
+        return layout.attend(attend, *map(layout.pack, (q, k, v)), masked=not causal)
     check_qkv(q, k, v)
     check_key_mask(key_mask, k)
     options = check_options(q, feature_map, window, window_block, causal, scale, stabilizer)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import check_head_weights, check_key_mask, check_qkv, check_scale
+from attnopt.kernels.checks import (
+    check_causal,
+    check_head_weights,
+    check_key_mask,
+    check_qkv,
+    check_scale,
+)
 from attnopt.kernels.dispatch import harmonize_autocast, operator_body, resolve_backend
 from attnopt.kernels.interpreter import prepare_interpreter
 from attnopt.kernels.lastk import eager
+from attnopt.kernels.lastk.both_ways import check_direction, look_ahead
 from attnopt.kernels.lastk.reference import lastk_reference
+from attnopt.kernels.packing import lay_out_inputs
 
 
 def lastk_attention(
@@ -22,7 +31,10 @@ def lastk_attention(
     *,
     sink_log_weights: Tensor | None = None,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     scale: float | None = None,
+    causal: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Attend to the last W tokens, each offset with a learnable weight, and to the first T.
@@ -30,22 +42,29 @@ def lastk_attention(
     `o_i = sum_j m_ij e^{s_ij} v_j / sum_j m_ij e^{s_ij}` with `s = scale q.k` and
     `log m_ij = log_weights[h, i - j]` for `0 <= i - j < W`. The first T real tokens of a row are
     sinks: visible to every later token, weighed by `sink_log_weights` alone, wherever they lie.
+    With `causal=False` W is 2R + 1, `log m_ij = log_weights[h, i - j + R]` for `|i - j| <= R` (from
+    R tokens ahead, over the token itself, to R back), and the sinks are visible to every token.
 
     Args:
         q: `[B, H, Nq, D]`, fp16, bf16, fp32 or fp64 (fp64 not with Triton), any strides.
         k: `[B, Hkv, Nk, D]`, Hkv dividing H, Nk >= Nq: the queries are the last Nq tokens.
         v: like `k`.
         log_weights: `[W]` or `[H, W]`, floating point; -inf hides an offset. All 0: a sliding
-            window; with W >= Nk full causal attention.
+            window; with W >= Nk, or R >= N - 1, full attention.
         sink_log_weights: `[T]` or `[H, T]`, or None for no sinks.
         key_mask: `[B, Nk]` bool, True for real tokens.
+        cu_seqlens: int32 or int64 `[S + 1]`, where packed documents begin and end: 0 first,
+            strictly increasing, N last. They never see each other. With B = 1, Nq = Nk and no mask.
+        max_seqlen: length of the longest document, or more: rows of this length then hold one
+            document each and nothing is read from the device. None groups documents by length.
         scale: factor of the scores, `1/sqrt(D)` by default.
+        causal: False for both directions, with Nq = Nk.
         backend: "auto", "triton", "eager" or "reference"; only "auto" chooses.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `q` (under autocast, in its dtype). A row that sees no key
-        is zero. Gradients flow to q, k, v and both weights; second derivatives only with
-        backend="reference".
+        is zero, and with `causal=False` so is that of a masked token. Gradients flow to q, k, v and
+        both weights; second derivatives only with backend="reference".
 
     Raises:
         ValueError: a shape, dtype, device or backend that does not fit; the message says which.
@@ -53,27 +72,42 @@ def lastk_attention(
     Source: the candidate masks of a study on GPT-2 (`m = sum_c sigmoid(alpha_c) M_c`); sinks after
     Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", section 3.2.
     """
+    check_causal(causal)
     q, k, v = harmonize_autocast(q, k, v)
+    if cu_seqlens is not None:
+        layout = lay_out_inputs(q, k, v, cu_seqlens, max_seqlen, key_mask)
+        attend = partial(
+            lastk_attention, log_weights=log_weights, sink_log_weights=sink_log_weights,
+            scale=scale, causal=causal, backend=backend,
+        )
+        return layout.attend(attend, *map(layout.pack, (q, k, v)), masked=not causal)
     check_qkv(q, k, v)
     check_key_mask(key_mask, k)
     check_head_weights("log_weights", log_weights, q, minimum=1)
     if sink_log_weights is not None:
         check_head_weights("sink_log_weights", sink_log_weights, q, minimum=0)
     scale = check_scale(scale, q.shape[3])
+    check_direction(causal, q, k, log_weights)
     backend = resolve_backend(backend, q)
     if backend == "reference":
         return lastk_reference(
-            q, k, v, log_weights, sink_log_weights=sink_log_weights, key_mask=key_mask, scale=scale
+            q, k, v, log_weights, sink_log_weights=sink_log_weights, key_mask=key_mask,
+            scale=scale, causal=causal,
         )
     heads = q.shape[1]
     if sink_log_weights is None:
         sink_log_weights = log_weights.new_empty(0)
+    real = key_mask
+    if not causal:
+        k, v, log_weights, key_mask = look_ahead(
+            k, v, log_weights, sink_log_weights.shape[-1], key_mask
+        )
     log_weights = log_weights.expand(heads, -1)
     sink_log_weights = sink_log_weights.expand(heads, -1)
     out, _ = torch.ops.attnopt.lastk_forward(
         q, k, v, log_weights, sink_log_weights, key_mask, scale, backend
     )
-    return out
+    return out if causal or real is None else out.masked_fill(~real[:, None, :, None], 0)
 
 
 def sliding_window_attention(
@@ -83,10 +117,15 @@ def sliding_window_attention(
     window: int,
     *,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     scale: float | None = None,
+    causal: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Attend to the last `window` tokens, the token itself among them.
+
+    With `causal=False` as many to either side: `2 window - 1` tokens, itself in the middle.
 
     Args:
         q: `[B, H, Nq, D]`.
@@ -94,7 +133,10 @@ def sliding_window_attention(
         v: like `k`.
         window: tokens that a query sees, at least 1.
         key_mask: `[B, Nk]` bool, True for real tokens.
+        cu_seqlens: packed documents, as in `lastk_attention`.
+        max_seqlen: length of the longest, likewise.
         scale: factor of the scores, `1/sqrt(D)` by default.
+        causal: False for both directions, with Nq = Nk.
         backend: as in `lastk_attention`.
 
     Returns:
@@ -105,14 +147,16 @@ def sliding_window_attention(
 
     Source: Beltagy et al. 2020, "Longformer", section 3.1.
     """
+    check_causal(causal)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window must be an integer of at least 1; got {window!r}")
     if isinstance(k, Tensor) and k.dim() == 4:
         window = min(window, k.shape[2])
     device = q.device if isinstance(q, Tensor) else None
-    log_weights = torch.zeros(window, device=device)
+    log_weights = torch.zeros(window if causal else 2 * window - 1, device=device)
     return lastk_attention(
-        q, k, v, log_weights, key_mask=key_mask, scale=scale, backend=backend
+        q, k, v, log_weights, key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        scale=scale, causal=causal, backend=backend,
     )
 
 

@@ -8,11 +8,15 @@ Letters: B batch, Hkv key/value heads, N tokens, D head dim, l block, d stride, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import FLOATS, check_key_mask
+from attnopt.kernels.checks import FLOATS, check_key_mask, describe, is_dense
 from attnopt.kernels.nsa.geometry import compressed_count, row_starts
+from attnopt.kernels.packing import lay_out
 
 
 def cut_blocks(
@@ -48,7 +52,8 @@ def cut_blocks(
 
 
 def mean_compress(
-    x: Tensor, *, compress_block: int, compress_stride: int, key_mask: Tensor | None = None
+    x: Tensor, *, compress_block: int, compress_stride: int, key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Average the real tokens of each compressed block.
 
@@ -57,10 +62,12 @@ def mean_compress(
         compress_block: tokens of a block, l.
         compress_stride: tokens from one block's start to the next one's, d.
         key_mask: bool `[B, N]`, True for real tokens; blocks count from each row's first.
+        cu_seqlens: int32 or int64 `[S + 1]`, where packed documents begin and end, with B = 1 and
+            no key mask. Their number of blocks is read from the device.
 
     Returns:
         `[B, Hkv, P, D]` in the dtype of `x`, P = max(0, (N - l) // d + 1); 0 for a block without
-        a real token.
+        a real token. Of packed documents the blocks of each, end to end.
 
     Raises:
         ValueError: sizes below 1, or a tensor or mask that does not fit.
@@ -70,13 +77,44 @@ def mean_compress(
     for name, size in (("compress_block", compress_block), ("compress_stride", compress_stride)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {size!r}")
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in FLOATS:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    if not is_dense(x) or x.dim() != 4 or x.dtype not in FLOATS:
         raise ValueError("keys or values must be a floating-point tensor [batch, key heads, "
-                         f"tokens, head_dim]; got {got}")
+                         f"tokens, head_dim]; got {describe(x)}")
+    if cu_seqlens is not None:
+        compress = partial(
+            mean_compress, compress_block=compress_block, compress_stride=compress_stride
+        )
+        return compress_documents(
+            compress, x, cu_seqlens, block=compress_block, stride=compress_stride,
+            key_mask=key_mask,
+        )
     check_key_mask(key_mask, x)
     blocks, real = cut_blocks(x, block=compress_block, stride=compress_stride, key_mask=key_mask)
     return average(blocks, real).to(x.dtype)
+
+
+def compress_documents(
+    compress: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor, *, block: int,
+    stride: int, key_mask: Tensor | None = None,
+) -> Tensor:
+    """Compress packed documents one by one.
+
+    Args:
+        compress: makes `[R, Hkv, P, D]` of rows `[R, Hkv, L, D]`.
+        x: keys or values `[1, Hkv, N, D]`.
+        cu_seqlens: where documents begin and end.
+        block: l.
+        stride: d.
+        key_mask: must be None.
+
+    Returns:
+        `[1, Hkv, sum of P, D]`, the blocks that lie wholly in a document, end to end.
+
+    Raises:
+        ValueError: inputs that do not fit; the message says which.
+    """
+    layout = lay_out(cu_seqlens, x, key_mask=key_mask)
+    return layout.blocks(block, stride).unpack([compress(rows) for rows in layout.pack(x)])
 
 
 def average(blocks: Tensor, real: Tensor | None) -> Tensor:

@@ -6,12 +6,13 @@ blocks, S selected blocks, l, d, b sizes of blocks, W window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnopt.kernels.checks import check_key_mask, check_qkv, check_scale
+from attnopt.kernels.checks import check_key_mask, check_qkv, check_scale, is_dense
 from attnopt.kernels.dispatch import harmonize_autocast
 from attnopt.kernels.lastk.op import sliding_window_attention
 from attnopt.kernels.nsa.arguments import (
@@ -20,6 +21,7 @@ from attnopt.kernels.nsa.arguments import (
     check_branches,
     check_compressed,
     check_gates,
+    check_size,
     choose_backend,
     choose_regime,
     gates_pattern,
@@ -33,6 +35,7 @@ from attnopt.kernels.nsa.branches import (
 from attnopt.kernels.nsa.calls import make_call
 from attnopt.kernels.nsa.decode import nsa_decode_step
 from attnopt.kernels.nsa.reference import nsa_reference
+from attnopt.kernels.packing import Layout, lay_out_inputs
 
 __all__ = [
     "compressed_attention",
@@ -63,6 +66,8 @@ def nsa_attention(
     sink_blocks: int | None = None,
     local_blocks: int | None = None,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     scale: float | None = None,
     k_select: Tensor | None = None,
     v_select: Tensor | None = None,
@@ -97,6 +102,12 @@ def nsa_attention(
         local_blocks: last blocks that are always selected, the query's own among them; by default
             2; not with "merged".
         key_mask: `[B, Nk]` bool, True for real tokens; blocks count from each row's first.
+        cu_seqlens: int32 or int64 `[S + 1]`, where packed documents begin and end: 0 first,
+            strictly increasing, N last. They never see each other. With B = 1, Nq = Nk and no mask.
+            `k_cmp` and `v_cmp` hold the blocks of all documents end to end, as `mean_compress` with
+            `cu_seqlens` makes them.
+        max_seqlen: length of the longest document, or more: rows of this length then hold one
+            document each and nothing is read from the device. None groups documents by length.
         scale: factor of the scores, `1/sqrt(D)` by default.
         k_select: keys of the selected branch, by default `k`; not with "merged".
         v_select: values, likewise.
@@ -121,6 +132,15 @@ def nsa_attention(
         q, k, v, k_cmp, v_cmp, k_select, v_select, k_window, v_window
     )
     separate: dict[str, Any] = dict(zip(_SEPARATE, own, strict=True))
+    if cu_seqlens is not None:
+        layout = lay_out_inputs(q, k, v, cu_seqlens, max_seqlen, key_mask)
+        return _attend_documents(
+            layout, (q, k, v), (k_cmp, v_cmp), {"gates": gates, **separate}, combine=combine,
+            compress_block=compress_block, compress_stride=compress_stride,
+            select_block=select_block, num_selected=num_selected, window=window,
+            sink_blocks=sink_blocks, local_blocks=local_blocks, scale=scale, regime=regime,
+            backend=backend,
+        )
     pattern = _check(
         q, k, v, k_cmp, v_cmp, gates, key_mask, separate, combine, compress_block,
         compress_stride, select_block, num_selected, window, sink_blocks, local_blocks,
@@ -229,6 +249,30 @@ def nsa_decode(
                          *sizes.values())
         return nsa_decode_step(q, k, v, k_cmp, v_cmp, key_mask, gates, *own,
                                scale=check_scale(scale, q.shape[3]), **_sizes(pattern))
+
+
+def _attend_documents(
+    layout: Layout, tokens: Sequence[Tensor], compressed: Sequence[Tensor],
+    optional: Mapping[str, Tensor | None], **options: Any,
+) -> Tensor:
+    """`nsa_attention` of packed documents: rows of tokens beside rows of their blocks."""
+    block, stride = (
+        check_size(name, options["select_block"] if options[name] is None else options[name])
+        for name in ("compress_block", "compress_stride")
+    )
+    first = compressed[0]
+    count = first.shape[2] if is_dense(first) and first.dim() == 4 else None
+    blocks = layout.blocks(block, stride, count)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, *others: Any,
+               key_mask: Tensor | None) -> Tensor:
+        named: dict[str, Any] = dict(zip(optional, others, strict=True))
+        return nsa_attention(q, k, v, k_cmp, v_cmp, key_mask=key_mask, **named, **options)
+
+    return layout.attend(
+        attend, *map(layout.pack, tokens), *map(blocks.pack, compressed),
+        *map(layout.pack, optional.values()),
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor, gates: Tensor | None,
