@@ -33,8 +33,10 @@ _EXPORTS = {
     "AttentionMechanism": "attnopt.attention.base",
     "Favor": "attnopt.attention",
     "LastK": "attnopt.attention",
+    "Linformer": "attnopt.attention",
     "Masks": "attnopt.attention",
     "NSA": "attnopt.attention",
+    "Routing": "attnopt.attention",
     "NthLast": "attnopt.attention",
     "Window": "attnopt.attention",
     "First": "attnopt.attention",
@@ -50,6 +52,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from attnopt import nn as nn
     from attnopt.attention import (
         NSA,
         Config,
@@ -57,8 +60,10 @@ if TYPE_CHECKING:
         Favor,
         First,
         LastK,
+        Linformer,
         Masks,
         NthLast,
+        Routing,
         Window,
         register_mechanism,
     )
@@ -89,8 +94,10 @@ __all__ = [
     "FavorState",
     "First",
     "LastK",
+    "Linformer",
     "Masks",
     "NthLast",
+    "Routing",
     "UserError",
     "Window",
     "__version__",
@@ -123,6 +130,8 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("attnopt.nn")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -9,7 +9,7 @@ from small_gpt2 import assert_same, snapshot, tiny, tokens
 from small_llama import tiny_llama
 
 from attnopt import NSA, Favor, LastK, calibrate, convert, mechanisms
-from attnopt.calibration import GATE_BOUNDS, bounded_least_squares
+from attnopt.attention.nsa.gauge import GATE_BOUNDS, bounded_least_squares
 from attnopt.kernels.nsa.compress import mean_compress
 from attnopt.kernels.nsa.reference import nsa_reference
 

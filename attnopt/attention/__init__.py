@@ -1,7 +1,8 @@
 """Attention mechanisms, one folder each: config, module, cache.
 
-Configs are plain dataclasses: importing this loads no torch. `LastK`, `Masks`, `Favor` and `NSA`
-are mechanisms; `NthLast`, `Window`, `First` and `Every` are the candidate masks that `Masks` mixes.
+Configs are plain dataclasses: importing this loads no torch. `LastK`, `Masks`, `Favor`, `NSA`,
+`Linformer` and `Routing` are mechanisms; `NthLast`, `Window`, `First` and `Every` are the candidate
+masks that `Masks` mixes.
 Positions count from a row's first real token, so padding changes nothing.
 """
 
@@ -18,6 +19,7 @@ from attnopt.attention.lastk.config import (
     NthLast,
     Window,
 )
+from attnopt.attention.linformer.config import Linformer
 from attnopt.attention.nsa.config import NSA
 from attnopt.attention.registry import (
     MECHANISMS,
@@ -25,6 +27,7 @@ from attnopt.attention.registry import (
     config_from_dict,
     register_mechanism,
 )
+from attnopt.attention.routing.config import Routing
 
 __all__ = [
     "MECHANISMS",
@@ -35,13 +38,15 @@ __all__ = [
     "Favor",
     "First",
     "LastK",
+    "Linformer",
     "Masks",
     "NthLast",
+    "Routing",
     "Window",
     "build_mechanism",
     "config_from_dict",
     "register_mechanism",
 ]
 
-for _config in (LastK, Masks, Favor, NSA):
+for _config in (LastK, Masks, Favor, NSA, Linformer, Routing):
     register_mechanism(_config)

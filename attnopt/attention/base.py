@@ -7,15 +7,28 @@ C coefficients of one kind.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from attnopt.attention.config import Config
+from attnopt.kernels.packing import lay_out_inputs
 
 if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
+
+
+class Gauge(Protocol):
+    """Measures one layer while the model attends by softmax, to set where its mechanism starts."""
+
+    def add(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float, out: Tensor
+    ) -> None:
+        """Measure a batch of which softmax makes `out` `[B, H, N, D]`."""
+
+    def finish(self) -> Tensor | None:
+        """Set what was measured and return it; None where there was nothing to measure."""
 
 
 class AttentionMechanism(nn.Module):
@@ -37,7 +50,7 @@ class AttentionMechanism(nn.Module):
         ValueError: a direction that the mechanism does not have.
     """
 
-    causal_only: ClassVar[bool] = True
+    directions: ClassVar[tuple[str, ...]] = ("causal",)  # also, or instead: "both"
 
     def __init__(
         self,
@@ -51,10 +64,16 @@ class AttentionMechanism(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        if not causal and self.causal_only:
+        name = type(config).__name__
+        if not causal and "both" not in self.directions:
             raise ValueError(
-                f"{type(config).__name__} is causal, but this model attends in both directions; "
+                f"{name} is causal, but this model attends in both directions; "
                 "LastK, Linformer and Favor without a window can do that"
+            )
+        if causal and "causal" not in self.directions:
+            raise ValueError(
+                f"{name} lets every token see all others, but this model is causal: its tokens "
+                "must not see later ones; LastK, Masks, Favor, NSA and Routing can do that"
             )
         self.config = config
         self.num_heads = num_heads
@@ -71,6 +90,8 @@ class AttentionMechanism(nn.Module):
         v: Tensor,
         *,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         scale: float | None = None,
         hidden_states: Tensor | None = None,
     ) -> Tensor:
@@ -81,6 +102,11 @@ class AttentionMechanism(nn.Module):
             k: keys `[B, Hkv, Nk, D]`.
             v: values `[B, Hkv, Nk, D]`.
             key_mask: bool `[B, Nk]`, True for a real token.
+            cu_seqlens: int32 or int64 `[S + 1]`, where packed documents begin and end, which never
+                see each other: 0 first, strictly increasing, the number of tokens last. B = 1,
+                Nq = Nk and no key mask then.
+            max_seqlen: length of the longest document, or more; needed to compile, see
+                `lastk_attention`.
             scale: factor of the scores, `1/sqrt(D)` by default.
             hidden_states: `[B, Nq, hidden_size]`, the layer's input, for mechanisms with gates.
 
@@ -88,6 +114,48 @@ class AttentionMechanism(nn.Module):
             `[B, H, Nq, D]`.
         """
         raise NotImplementedError
+
+    def each_document(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        key_mask: Tensor | None,
+        hidden_states: Tensor | None,
+        masked: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """`forward` on packed documents as padded rows, for a mechanism that knows of rows only.
+
+        Args:
+            q: this and what follows as in `forward`.
+            k: keys.
+            v: values.
+            cu_seqlens: where documents begin and end.
+            max_seqlen: length of the longest.
+            key_mask: must be None.
+            hidden_states: the layer's input.
+            masked: whether the rows need a key mask; causal attention by itself does not.
+            **options: what else `forward` takes.
+
+        Returns:
+            `[1, H, N, D]`.
+
+        Raises:
+            ValueError: inputs that do not fit; the message says which.
+        """
+        layout = lay_out_inputs(q, k, v, cu_seqlens, max_seqlen, key_mask)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, key_mask: Any
+                   ) -> Tensor:
+            return self(q, k, v, hidden_states=hidden, key_mask=key_mask, **options)
+
+        none = [None] * len(layout.groups)
+        hidden = none if hidden_states is None else layout.pack_entries(hidden_states.flatten(0, 1))
+        return layout.attend(attend, *map(layout.pack, (q, k, v)), hidden, masked=masked)
 
     def coefficients(self) -> dict[str, Tensor]:
         """Learned weights in (0, 1) by kind, `[C]` or `[H, C]`, differentiable.
@@ -115,8 +183,14 @@ class AttentionMechanism(nn.Module):
         raise NotImplementedError
 
     def make_cache_layer(self) -> CacheLayerMixin:
-        """A fresh transformers cache layer that keeps what decoding needs and no more."""
-        raise NotImplementedError
+        """A fresh transformers cache layer: all keys and values, unless a mechanism needs less."""
+        from transformers.cache_utils import DynamicLayer
+
+        return DynamicLayer()
+
+    def make_gauge(self) -> Gauge | None:
+        """What `attnopt.calibrate` measures this layer with; None where there is nothing to set."""
+        return None
 
     def l1_penalty(self) -> Tensor:
         """Mean of all coefficients: their sum divided by their count, a scalar; 0 without any."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnopt.attention import Favor
-from attnopt.attention.base import AttentionMechanism
+from attnopt.attention.base import AttentionMechanism, Gauge
 from attnopt.kernels.favor.op import favor_attention
 from attnopt.kernels.favor.projections import hedgehog_projection, orthogonal_projection
 from attnopt.kernels.favor.state import FavorState
@@ -32,9 +32,15 @@ class FavorMechanism(AttentionMechanism):
     config: Favor
     projection: Tensor | None
     log_gate: Tensor | None
+    directions = ("causal", "both")
 
     def __init__(self, config: Favor, **shape: Any) -> None:
         super().__init__(config, **shape)
+        if config.window and not self.causal:
+            raise ValueError(
+                "the exact window of Favor is causal, but this model attends in both directions: "
+                f"leave the window out; got window={config.window}"
+            )
         rows, gate = None, None
         if config.feature_map != "taylor":
             count = config.num_features or 2 * self.head_dim  # None only for "hedgehog"
@@ -55,6 +61,8 @@ class FavorMechanism(AttentionMechanism):
         v: Tensor,
         *,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         scale: float | None = None,
         hidden_states: Tensor | None = None,
         initial_state: FavorState | None = None,
@@ -67,6 +75,8 @@ class FavorMechanism(AttentionMechanism):
             k: keys.
             v: values.
             key_mask: real tokens.
+            cu_seqlens: where packed documents begin and end; without states.
+            max_seqlen: length of the longest.
             scale: factor of the scores.
             hidden_states: not used.
             initial_state: the state after the tokens before these.
@@ -83,8 +93,11 @@ class FavorMechanism(AttentionMechanism):
             feature_map=self.config.feature_map,
             window=self.config.window,
             window_block=self.config.window_block,
+            causal=self.causal,
             log_gate=self.log_gate,
             key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
             scale=scale,
             stabilizer=self.config.stabilizer,
             initial_state=initial_state,
@@ -136,6 +149,12 @@ class FavorMechanism(AttentionMechanism):
         from attnopt.attention.favor.cache import FavorLayer
 
         return FavorLayer()
+
+    def make_gauge(self) -> Gauge | None:
+        """The far mass, which sets the gate."""
+        from attnopt.attention.favor.gauge import MassGauge
+
+        return MassGauge(self) if self.config.gate else None
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:

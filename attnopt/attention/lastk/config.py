@@ -22,11 +22,14 @@ INITS = ("zeros", "random")
 class LastK(Config):
     """Softmax over the last `window` tokens and the first `sinks`, each with a learned weight.
 
-    The weight of an offset is `sigmoid(alpha)`, one alpha per offset and one per sink.
+    The weight of an offset is `sigmoid(alpha)`, one alpha per offset and one per sink. A model that
+    attends in both directions sees as many tokens ahead as back.
 
     Args:
-        window: tokens a query sees, itself included; at least 1.
-        sinks: first tokens of the text that stay visible to every later token; 0 for none.
+        window: tokens a query sees, itself included; at least 1. In both directions it sees
+            `window - 1` to either side.
+        sinks: first tokens of the text that stay visible to every later token, in both directions
+            to every token; 0 for none.
         per_head: one set of alphas per head instead of one per layer.
         init: "zeros" (every weight 1/2, which is plain sliding-window attention) or "random"
             (alpha from a standard normal; `torch.manual_seed` fixes it).

@@ -2,6 +2,7 @@
 
 A band has one weight per offset n = i - j (0 <= n < W) and one per sink, the first T real tokens,
 which the band then skips. Mixtures with `Every` also give one weight to all that lies beyond.
+`LastK` attends in both directions too: then W = 2R + 1 offsets run from R tokens ahead to R back.
 
 Letters: B batch, H query heads, Hkv key/value heads, Nq queries, Nk keys, D head dimension,
 W offsets, T sinks, C candidates.
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class LogWeights(NamedTuple):
     """Logarithms of the weights: -inf is weight 0."""
 
-    band: Tensor  # [W] or [H, W]
+    band: Tensor  # [W] or [H, W]; in both directions from W // 2 ahead to W // 2 back
     sinks: Tensor | None  # [T] or [H, T]
     beyond: Tensor | None  # [1] or [H, 1], every earlier key; None where it is not seen
 
@@ -48,11 +49,18 @@ class BandMechanism(AttentionMechanism):
         v: Tensor,
         *,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         scale: float | None = None,
         hidden_states: Tensor | None = None,
     ) -> Tensor:
         """Attend; arguments and result as in `AttentionMechanism.forward`."""
+        packed: Any = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "key_mask": key_mask}
         weights = self.log_weights()
+        if weights.beyond is not None and cu_seqlens is not None:
+            return self.each_document(
+                q, k, v, **packed, scale=scale, hidden_states=None, masked=not self.causal
+            )
         if weights.beyond is not None:
             return _dense_attention(q, k, v, weights, key_mask, scale)
         return lastk_attention(
@@ -61,8 +69,9 @@ class BandMechanism(AttentionMechanism):
             v,
             weights.band,
             sink_log_weights=weights.sinks,
-            key_mask=key_mask,
+            **packed,
             scale=scale,
+            causal=self.causal,
             backend=self.config.backend,
         )
 
@@ -71,7 +80,7 @@ class BandMechanism(AttentionMechanism):
         """Weight m_ij of key j for query i without padding, `[1 or H, length, length]`, fp32."""
         weights = self.log_weights()
         real = torch.ones(1, length, dtype=torch.bool, device=weights.band.device)
-        return _log_mask(weights, length, real)[0].exp()
+        return _log_mask(weights, length, real, self.causal)[0].exp()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set every alpha to 0, or draw it from a standard normal on the CPU; in place."""
@@ -90,14 +99,16 @@ class BandMechanism(AttentionMechanism):
 class LastKMechanism(BandMechanism):
     """Softmax over the last W tokens and T sinks, each weighed by `sigmoid(alpha)`.
 
-    Parameters: `alpha` `[W]` or `[H, W]`, and with sinks `sink_alpha` `[T]` or `[H, T]`.
+    Parameters: `alpha` `[W]` or `[H, W]`, and with sinks `sink_alpha` `[T]` or `[H, T]`. In both
+    directions there are `2 window - 1` offsets.
     """
 
     config: LastK
+    directions = ("causal", "both")
 
     def __init__(self, config: LastK, **shape: Any) -> None:
         super().__init__(config, **shape)
-        self.alpha = self._new_alpha(config.window)
+        self.alpha = self._new_alpha(config.window if self.causal else 2 * config.window - 1)
         if config.sinks:
             self.sink_alpha = self._new_alpha(config.sinks)
         self.reset_parameters()
@@ -116,7 +127,9 @@ class LastKMechanism(BandMechanism):
 
     def labels(self) -> dict[str, list[str]]:
         """Names of the offsets and of the sinks."""
-        labels = {"offsets": [_name(NthLast(n)) for n in range(self.config.window)]}
+        window = self.config.window
+        ahead = [] if self.causal else [f"{n} ahead" for n in range(window - 1, 0, -1)]
+        labels = {"offsets": ahead + [_name(NthLast(n)) for n in range(window)]}
         if self.config.sinks:
             labels["sinks"] = [f"token {t}" for t in range(self.config.sinks)]
         return labels
@@ -207,24 +220,29 @@ def _safe_log(weights: Tensor) -> Tensor:
     return torch.where(positive, weights.where(positive, 1.0).log(), -torch.inf)
 
 
-def _log_mask(weights: LogWeights, num_queries: int, key_mask: Tensor) -> Tensor:
+def _log_mask(
+    weights: LogWeights, num_queries: int, key_mask: Tensor, causal: bool = True
+) -> Tensor:
     """log m_ij as `[B, 1 or H, Nq, Nk]` for the last Nq of the Nk positions; key_mask `[B, Nk]`."""
     num_keys = key_mask.shape[1]
     j = torch.arange(num_keys, device=key_mask.device)
     n = j[num_keys - num_queries :, None] - j  # i - j, [Nq, Nk]
     window = weights.band.shape[-1]
-    log_mask = weights.band.reshape(-1, window)[:, n.clamp(0, window - 1)]  # [1 or H, Nq, Nk]
+    entry = n if causal else n + window // 2
+    log_mask = weights.band.reshape(-1, window)[:, entry.clamp(0, window - 1)]  # [1 or H, Nq, Nk]
     far = torch.full_like(weights.band[..., :1], -torch.inf)
     if weights.beyond is not None:
         far = weights.beyond
-    log_mask = torch.where(n < window, log_mask, far.reshape(-1, 1, 1))[None]
+    inside = (entry >= 0) & (entry < window)
+    log_mask = torch.where(inside, log_mask, far.reshape(-1, 1, 1))[None]
     if weights.sinks is not None:
         count = weights.sinks.shape[-1]
         start = first_real_token(key_mask)  # [B]
         rank = (j - start[:, None])[:, None]  # [B, 1, Nk]
         sink = weights.sinks.reshape(-1, count)[:, rank.clamp(0, count - 1)].movedim(0, 1)
         log_mask = torch.where(((rank >= 0) & (rank < count))[:, None], sink, log_mask)
-    return log_mask.masked_fill((n < 0) | ~key_mask[:, None, None], -torch.inf)
+    hidden = ~key_mask[:, None, None]  # [B, 1, 1, Nk]
+    return log_mask.masked_fill(hidden | (n < 0) if causal else hidden, -torch.inf)
 
 
 def _dense_attention(

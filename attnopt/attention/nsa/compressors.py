@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnopt.kernels.nsa.compress import average, cut_blocks
+from attnopt.kernels.nsa.compress import average, compress_documents, cut_blocks
 
 
 class Compressor(nn.Module):
@@ -40,16 +40,25 @@ class Compressor(nn.Module):
         self.block = block
         self.stride = stride
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Compress all blocks of a text.
 
         Args:
             x: keys or values `[B, Hkv, N, D]`.
             key_mask: bool `[B, N]`, True for real tokens; blocks count from each row's first.
+            cu_seqlens: where packed documents begin and end, as in `mean_compress`.
 
         Returns:
             `[B, Hkv, P, D]` in the dtype of `x`.
+
+        Raises:
+            ValueError: what does not fit packed documents.
         """
+        if cu_seqlens is not None:
+            sizes = {"block": self.block, "stride": self.stride}
+            return compress_documents(self, x, cu_seqlens, key_mask=key_mask, **sizes)
         blocks, real = cut_blocks(x, block=self.block, stride=self.stride, key_mask=key_mask)
         return self.pool(blocks, real)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnopt.attention import NSA
-from attnopt.attention.base import AttentionMechanism
+from attnopt.attention.base import AttentionMechanism, Gauge
 from attnopt.attention.nsa.compressors import COMPRESSORS, Linear
 from attnopt.kernels.nsa.op import (
     compressed_attention,
@@ -57,6 +57,8 @@ class NSAMechanism(AttentionMechanism):
         v: Tensor,
         *,
         key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         scale: float | None = None,
         hidden_states: Tensor | None = None,
         compressed: tuple[Tensor, Tensor] | None = None,
@@ -68,18 +70,29 @@ class NSAMechanism(AttentionMechanism):
             k: keys.
             v: values.
             key_mask: real tokens.
+            cu_seqlens: where packed documents begin and end.
+            max_seqlen: length of the longest.
             scale: factor of the scores.
             hidden_states: what the gates are made of.
             compressed: keys and values of all P blocks, `[B, Hkv, P, D]` each, where they are
-                known; by default they are made here, from all of `k` and `v`.
+                known; by default they are made here, from all of `k` and `v`. Not with
+                `cu_seqlens`.
 
         Returns:
             `[B, H, Nq, D]`.
 
         Raises:
-            ValueError: gates without hidden states.
+            ValueError: gates without hidden states, or what does not fit packed documents.
         """
         config = self.config
+        if cu_seqlens is not None:
+            if compressed is not None:
+                raise ValueError("packed documents (cu_seqlens) are compressed one by one: leave "
+                                 "out compressed")
+            return self.each_document(
+                q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, key_mask=key_mask,
+                scale=scale, hidden_states=hidden_states, masked=False,
+            )
         if compressed is None:
             compressed = self.key_compressor(k, key_mask), self.value_compressor(v, key_mask)
         options: dict[str, Any] = {
@@ -200,6 +213,12 @@ class NSAMechanism(AttentionMechanism):
         if self.gate is not None:
             self.gate.weight.zero_()
             self.gate.bias.fill_(math.log(START / (1 - START)))
+
+    def make_gauge(self) -> Gauge | None:
+        """The branches against softmax, which set the gates."""
+        from attnopt.attention.nsa.gauge import BranchGauge
+
+        return BranchGauge(self) if self.config.gate else None
 
     def make_cache_layer(self) -> CacheLayerMixin:
         """A cache layer of all keys and values, and of the compressed ones."""

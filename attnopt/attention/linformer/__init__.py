@@ -1,0 +1,1 @@
+"""Linformer: attention in both directions over a learned projection of the text's length."""

@@ -1,0 +1,1 @@
+"""Routing attention: nearby tokens, and earlier ones of the same cluster."""
