@@ -48,9 +48,15 @@ def test_results_say_how_they_were_made():
         assert not record.get("interrupted")
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS += sorted((ROOT / "kernels").glob("*/README.md"))
+each_text = pytest.mark.parametrize("page", TEXTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+
+
+@each_text
+def test_links_lead_somewhere(page):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / path).exists(), path
 
 
 def test_make_targets_exist():
@@ -59,14 +65,18 @@ def test_make_targets_exist():
     assert {"demo", "test", "lint", "bench", "nightly"} <= set(targets)
 
 
-def test_commands_and_options_exist():
+COMMAND = re.compile(r"^(?:attnopt|(?:torchrun|accelerate launch).* -m attnopt) (.*)", re.M)
+
+
+@each_text
+def test_commands_and_options_exist(page):
     commands = typer.main.get_command(cli.app).commands
-    lines = [line for line in README.splitlines() if line.startswith("attnopt ")]
-    assert len(lines) >= 4
+    lines = COMMAND.findall(page.read_text().replace("\\\n", " "))
+    assert len(lines) >= 4 or page != TEXTS[0]
     for line in lines:
-        options = {name for p in commands[line.split()[1]].params for name in p.opts}
-        used = {word for word in line.split() if word.startswith("--")}
-        assert used <= options, line
+        name, *words = line.split()
+        options = {option for p in commands[name].params for option in p.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line
 
 
 def test_names_of_the_package_exist():
