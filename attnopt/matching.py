@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from attnopt.convert.families import attention_modules
+from attnopt.convert.families import attention_modules, backbone_of
 from attnopt.losses import head_computes
+from attnopt.modules import forward_as
 
 # The variances are those on this many training sequences: fixed, so that neither the size of a
 # batch nor the number of processes changes the loss.
@@ -114,7 +115,7 @@ def run_matched(
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(student))
-        stack.enter_context(_forward_under(student.base_model, torch.no_grad))
+        stack.enter_context(_forward_under(backbone_of(student), torch.no_grad))
         for index, target in targets.items():
             module = modules[index]
             stack.enter_context(_forward_under(module, torch.enable_grad))
@@ -172,16 +173,11 @@ def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 @contextmanager
 def _forward_under(module: nn.Module, context: Callable[[], Any]) -> Iterator[None]:
     """Inside, the module's own forward, without its hooks, runs under a context of its own."""
-    attributes, forward = vars(module), module.forward
-    before = {k: v for k, v in attributes.items() if k == "forward"}  # somebody else's wrapper
+    forward = module.forward
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with context():
             return forward(*args, **kwargs)
 
-    attributes["forward"] = wrapped
-    try:
+    with forward_as(module, wrapped):
         yield
-    finally:
-        del attributes["forward"]
-        attributes.update(before)

@@ -11,9 +11,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from attnopt import (
-    NSA,
     Every,
-    Favor,
     First,
     LastK,
     Masks,
@@ -174,28 +172,18 @@ def test_labels_give_the_loss_of_the_shifted_tokens():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(
-    "config",
-    [
-        MIXED,
-        Favor(8, window=3, window_block=2, seed=0),
-        NSA(select_block=4, num_selected=1, window=3),
-        NSA("gates", 4, window=3, compression="weighted"),
-    ],
-    ids=["masks", "favor", "nsa-merged", "nsa-gates"],
-)
-def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     x = tokens()
     mask = torch.ones_like(x)
     mask[0, :5] = 0
     gradients = []
     for checkpointing in (False, True):
-        model = convert(tiny(embd_pdrop=0, resid_pdrop=0), config)
+        model = convert(tiny(embd_pdrop=0, resid_pdrop=0), MIXED)
         with torch.no_grad():  # random alphas are drawn after tiny() has set the seed
             for mechanism in mechanisms(model).values():
                 mechanism.reset_parameters(torch.Generator().manual_seed(1))
         model.train()
-        model.transformer.h[1].attn.attn_dropout.p = 0.0  # with masks the layer stays softmax
+        model.transformer.h[1].attn.attn_dropout.p = 0.0  # it stays softmax
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(x, attention_mask=mask, labels=x).loss.backward()

@@ -116,7 +116,7 @@ def test_from_pretrained_names_what_it_found(tmp_path):
         "empty": "holds no config.json, but nothing",
         "notes": "holds no config.json, but run.json",
         "notes/run.json": "is a file; expected the folder",
-        "plain": "is not a converted model (attnopt_gpt2, attnopt_llama): its model_type is 'gpt2'",
+        "plain": "is not a converted model (model_type attnopt_...): its model_type is 'gpt2'",
         "absent": "there is no model folder",
     }.items():
         with pytest.raises(ValueError) as error:

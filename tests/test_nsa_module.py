@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from small_gpt2 import LENGTH, VOCABULARY, assert_same, snapshot, tiny, tokens
+from small_gpt2 import LENGTH, VOCABULARY, tiny, tokens
 from small_llama import tiny_llama
 
 import attnopt.attention.nsa.module as nsa
-from attnopt import NSA, LastK, convert, from_pretrained, mechanisms, revert
+from attnopt import NSA, LastK, convert, from_pretrained, mechanisms
 from attnopt.attention import build_mechanism
 from attnopt.kernels.nsa.compress import mean_compress
 from attnopt.kernels.nsa.reference import nsa_reference
@@ -332,20 +332,9 @@ def test_more_blocks_come_closer_to_softmax(make):
     assert errors[1] < 0.8 * errors[0] and errors[2] < 1e-3 * errors[0]
 
 
-@each_model
-def test_revert_restores_everything(make):
-    model, x = make(), tokens()
-    before, logits = snapshot(model), model(x).logits
-    convert(model, MIXED)
-    assert (model(x).logits - logits).abs().max() > 0.1
-    assert_same(before, snapshot(revert(model)))
-    assert torch.equal(model(x).logits, logits)
-
-
-@each_model
 @pytest.mark.parametrize("name", [*CONFIGS, "mixed"])
-def test_padding_changes_nothing(make, name):
-    model = train(convert(make(), CONFIGS.get(name, MIXED)))
+def test_padding_changes_nothing(name):
+    model = train(convert(tiny(), CONFIGS.get(name, MIXED)))
     x, real = tokens(3), [LENGTH, 15, 1]
     left, right = torch.zeros_like(x), torch.zeros_like(x)
     for row, count in enumerate(real):

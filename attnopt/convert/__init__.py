@@ -1,8 +1,8 @@
 """Replace the attention of a pretrained model in place, and save, load and undo that.
 
 Each converted attention module gets a submodule `attnopt` with what the mechanism learns; all base
-weights keep their names and bits. Which models: `attnopt.convert.families`. What transformers then
-calls: `attnopt.convert.interface`.
+weights keep their names and bits. Which models: `attnopt.convert.families`. Their classes:
+`attnopt.convert.models`. What transformers then calls: `attnopt.convert.interface`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnopt.attention import Config
 from attnopt.convert.families import (
-    CONFIGS,
     FAMILIES,
-    MODELS,
-    ConvertedModel,
-    Family,
-    attach,
     attention_modules,
-    build,
+    check_convertible,
     describe,
-    detach,
     family_of,
-    mechanisms,
 )
 from attnopt.convert.interface import NAME
+from attnopt.convert.models import (
+    CONFIGS,
+    ConvertedModel,
+    attach,
+    build,
+    detach,
+    mechanisms,
+    model_classes,
+)
 
 __all__ = ["convert", "dense_attention", "from_pretrained", "mechanisms", "revert"]
 
@@ -46,7 +48,7 @@ def convert(
     An error leaves the model untouched.
 
     Args:
-        model: a `GPT2LMHeadModel` or `LlamaForCausalLM` (see `FAMILIES`).
+        model: a language model or classifier of one of the `FAMILIES`, or its backbone.
         config: one config for all converted layers, or one per layer index.
         layers: indices of the layers to convert, all by default; the others keep softmax.
 
@@ -57,16 +59,19 @@ def convert(
         ValueError: a model or option that is not supported, a layer that does not exist, or a
             model that is already converted.
     """
-    family = _check_convertible(model)
+    if isinstance(model, ConvertedModel):
+        raise ValueError("the model is already converted; attnopt.revert(model) comes first")
+    check_convertible(model)
+    family = family_of(model.config)
     configs = _per_layer(config, layers, len(attention_modules(model)))
     built = build(model, configs)
     dense = model.config._attn_implementation
     new_config = copy.deepcopy(model.config)
-    new_config.__class__ = CONFIGS[family.name]
+    new_config.__class__ = CONFIGS[family.model_type]
     setattr(new_config, NAME, {str(index): configs[index].to_dict() for index in sorted(configs)})
     new_config._attn_implementation = NAME
     _set_config(model, new_config)
-    model.__class__ = MODELS[family.name]
+    model.__class__ = model_classes(family)[type(model)]
     converted = _check_converted(model)
     converted.dense_implementation = dense
     attach(converted, built)
@@ -86,17 +91,16 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: a model that is not converted.
     """
     converted = _check_converted(model)
-    family = family_of(converted)
     detach(converted)
     config = copy.deepcopy(converted.config)
-    config.__class__ = family.config
+    config.__class__ = type(config).__base__
     delattr(config, NAME)
     config._attn_implementation = converted.dense_implementation
     if config.architectures == [type(converted).__name__]:
-        config.architectures = [family.model.__name__]
+        config.architectures = [converted.original.__name__]
     _set_config(converted, config)
     converted.__dict__.pop("dense_implementation", None)
-    model.__class__ = family.model
+    model.__class__ = converted.original
     return model
 
 
@@ -123,13 +127,20 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not path.exists() and (named.startswith(("/", ".")) or named.count("/") > 1):
         raise ValueError(f"there is no model folder {path}")
     data, _ = PreTrainedConfig.get_config_dict(named, **kwargs)
-    classes = {CONFIGS[name].model_type: model for name, model in MODELS.items()}
-    if data.get("model_type") not in classes:
+    kind = data.get("model_type")
+    family = FAMILIES.get(str(kind).removeprefix(f"{NAME}_"))
+    if family is None or kind == family.model_type:
         raise ValueError(
-            f"{named} is not a converted model ({', '.join(classes)}): its model_type is "
-            f"{data.get('model_type')!r}; load it with transformers, then call attnopt.convert"
+            f"{named} is not a converted model (model_type {NAME}_...): its model_type is "
+            f"{kind!r}; load it with transformers, then call attnopt.convert"
         )
-    return classes[data["model_type"]].from_pretrained(named, **kwargs)
+    classes = {cls.__name__: cls for cls in model_classes(family).values()}
+    wanted = (data.get("architectures") or [None])[0]
+    if wanted not in classes:
+        raise ValueError(
+            f"{named} must name in its architectures one of {', '.join(classes)}; got {wanted!r}"
+        )
+    return classes[wanted].from_pretrained(named, **kwargs)
 
 
 @contextmanager
@@ -163,30 +174,6 @@ def _check_converted(model: Any) -> ConvertedModel:
             f"expected a model that attnopt.convert has converted; got {describe(model)}"
         )
     return model
-
-
-def _check_convertible(model: Any) -> Family:
-    if isinstance(model, ConvertedModel):
-        raise ValueError("the model is already converted; attnopt.revert(model) comes first")
-    for family in FAMILIES.values():
-        if type(model) is family.model:
-            break
-    else:
-        valid = ", ".join(f"{f.model.__name__} ({name!r})" for name, f in FAMILIES.items())
-        raise ValueError(f"can convert: {valid}; got {describe(model)}")
-    config = model.config
-    if getattr(config, "add_cross_attention", False):
-        raise ValueError("cannot convert a model with cross-attention (add_cross_attention=True)")
-    if config.output_attentions:
-        raise ValueError("converted attention never forms its weights; unset output_attentions")
-    by_layer = getattr(config, "scale_attn_by_inverse_layer_idx", False)
-    own_scale = by_layer or not getattr(config, "scale_attn_weights", True)
-    if own_scale and not hasattr(attention_modules(model)[0], "scaling"):
-        raise ValueError(
-            "this version of transformers does not tell attention functions the scale that "
-            "scale_attn_by_inverse_layer_idx and scale_attn_weights ask for; a newer one does"
-        )
-    return family
 
 
 def _per_layer(

@@ -1,199 +1,146 @@
-"""Which models can be converted, and the classes that converted models have.
+"""Which models can be converted, as data, and why others cannot.
 
-A converted model is a `ConvertedModel` mixed into its original class, with a `model_type` of its
-own, so that a saved model cannot be mistaken for the original. Adding a model family is one entry
-in `FAMILIES`.
+A family is all classes of one `model_type`: language models and classifiers share their attention.
+Adding a family is one entry in `FAMILIES`; the matrix of the tests takes all of them.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
+import transformers
 from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from attnopt.attention import Config, build_mechanism, config_from_dict
-from attnopt.attention.base import AttentionMechanism
-from attnopt.attention.cache import MechanismCache
-from attnopt.convert.interface import NAME, check_inputs, pass_context
-
-logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-
-    class _AnyModel(PreTrainedModel, GenerationMixin): ...
-else:
-    _AnyModel = object
+NAME = "attnopt"  # of the attention function, of a config's entry, of the submodules
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to convert one kind of model."""
+    """Where one kind of model keeps what conversion touches.
 
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    attention: Callable[[Any], list[nn.Module]]  # of the backbone, in layer order
-    dropout: Callable[[Any], tuple[Any, str]]  # on attention weights: its owner, its attribute
+    Args:
+        model_type: transformers' name of the family.
+        attention: path of the attention modules from the backbone; the star is the layer.
+        dropout: path of the dropout probability of attention weights from the attention module.
+        backbone: path from the base model of what every head gives its inputs to.
+        causal: False for models that attend in both directions.
+        packs: whether its layers hand keyword arguments on, by which they learn of documents.
+        dense_packs: whether transformers' own attention keeps the documents of a packed row apart.
+    """
 
-    @property
-    def name(self) -> str:
-        """The original `model_type`."""
-        return self.config.model_type
+    model_type: str
+    attention: str = "layers.*.self_attn"
+    dropout: str = "attention_dropout"
+    backbone: str = ""
+    causal: bool = True
+    packs: bool = True
+    dense_packs: bool = True
 
+
+_DECODERS = (
+    "apertus arcee bitnet cohere ernie4_5 gemma glm glm4 granite granitemoe helium "
+    "hunyuan_v1_dense jais2 llama ministral3 mistral mixtral olmo olmo2 olmoe phi phi3 phimoe "
+    "qwen2 qwen3 qwen3_moe seed_oss smollm3 starcoder2"
+).split()
+_ENCODERS = (
+    "bert camembert data2vec-text electra ernie roberta roberta-prelayernorm xlm-roberta "
+    "xlm-roberta-xl"
+).split()
 
 FAMILIES = {
-    family.name: family
+    family.model_type: family
     for family in (
-        Family(
-            GPT2Config,
-            GPT2LMHeadModel,
-            attention=lambda backbone: [block.attn for block in backbone.h],
-            dropout=lambda attn: (attn.attn_dropout, "p"),
+        *(Family(name) for name in _DECODERS),
+        Family("biogpt", dropout="dropout", dense_packs=False),
+        Family("gpt2", "h.*.attn", "attn_dropout.p"),
+        Family("gpt_bigcode", "h.*.attn", "attn_dropout"),
+        Family("gpt_neox", "layers.*.attention"),
+        Family("nemotron", packs=False),
+        Family("opt", dropout="dropout", backbone="decoder", dense_packs=False),
+        Family("stablelm", packs=False),
+        *(
+            Family(
+                name, "encoder.layer.*.attention.self", "dropout.p", causal=False, dense_packs=False
+            )
+            for name in _ENCODERS
         ),
         Family(
-            LlamaConfig,
-            LlamaForCausalLM,
-            attention=lambda backbone: [layer.self_attn for layer in backbone.layers],
-            dropout=lambda attn: (attn, "attention_dropout"),
+            "distilbert",
+            "transformer.layer.*.attention",
+            "dropout.p",
+            causal=False,
+            dense_packs=False,
         ),
+        Family("eurobert", causal=False, dense_packs=False),
     )
+    if family.model_type in CONFIG_MAPPING  # older versions of transformers lack some
+}
+
+_REASONS = {
+    "its layers attend within sliding windows, or some do": (
+        "cohere2 exaone4 gemma3 gemma3_text ministral modernbert modernbert-decoder olmo3 cwm"
+    ),
+    "it caps its attention scores (softcapping)": "gemma2 vaultgemma",
+    "its softmax has learned sinks (s_aux)": "gpt_oss",
+    "its scores have a bias of relative positions": "deberta deberta-v2 mpnet mt5 t5 umt5",
+    "it has cross-attention": "bart blenderbot m2m_100 marian mbart pegasus whisper",
+    "its layers share one attention module": "albert",
+    "its model code lets nobody replace the attention function": (
+        "big_bird bloom codegen convbert falcon gpt_neo gptj megatron-bert mpt rembert roformer "
+        "xglm xlnet"
+    ),
+    "it has layers without attention": "bamba falcon_h1 jamba mamba mamba2 nemotron_h qwen3_next",
+}
+REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+
+# The classes of a family, by the Auto class that loads them.
+_HEADS = {
+    transformers.AutoModel: transformers.MODEL_MAPPING,
+    transformers.AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    transformers.AutoModelForMaskedLM: transformers.MODEL_FOR_MASKED_LM_MAPPING,
+    transformers.AutoModelForSequenceClassification: (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    ),
+    transformers.AutoModelForTokenClassification: (
+        transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    ),
+    transformers.AutoModelForQuestionAnswering: transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
 }
 
 
-class ConvertedModel(_AnyModel):
-    """Mixed into a model class: builds the mechanisms its config names, and their caches.
-
-    Args:
-        config: a config with the entry `attnopt`, as `convert` writes it.
-        *args: for the model class.
-        **kwargs: for the model class.
-
-    Raises:
-        ValueError: a config without that entry.
-    """
-
-    dense_implementation = "sdpa"  # what runs under dense_attention
-    _keep_in_fp32_modules_strict = {NAME}
-    _attnopt_hooks: list[RemovableHandle]
-    _attnopt_dropouts: dict[int, float]  # what attach replaced, by layer
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        layers = getattr(config, NAME, None)
-        if not layers:
-            raise ValueError(
-                f"{type(self).__name__} needs a config with the entry {NAME!r}; make one with "
-                "attnopt.convert(model, ...) or load one with attnopt.from_pretrained"
-            )
-        if config._attn_implementation is None:
-            config._attn_implementation = NAME
-        super().__init__(config, *args, **kwargs)
-        configs = {int(index): config_from_dict(entry) for index, entry in layers.items()}
-        attach(self, build(self, configs))
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
-
-    def initialize_weights(self) -> None:
-        """Initialize what no checkpoint has filled, mechanisms included."""
-        super().initialize_weights()
-        for mechanism in mechanisms(self).values():
-            held = (*mechanism.parameters(), *mechanism.buffers())
-            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in held):
-                mechanism.reset_parameters()
-
-    def make_cache(self) -> MechanismCache:
-        """An empty cache that keeps, layer by layer, no more than decoding needs.
-
-        Returns:
-            What `forward` and `generate` take as `past_key_values`.
-        """
-        own = mechanisms(self)
-        count = len(attention_modules(self))
-        return MechanismCache(
-            [own[i].make_cache_layer() if i in own else DynamicLayer() for i in range(count)]
-        )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        kind = generation_config.cache_implementation
-        converted = self.config._attn_implementation == NAME
-        if converted and kind not in (None, "dynamic", "offloaded", "quantized"):
-            raise ValueError(
-                "cache_implementation must be left out (the mechanism's own cache), 'dynamic', "
-                f"'offloaded' or 'quantized'; got {kind!r}"
-            )
-        # Assisted decoding takes tokens back, which needs the full keys of transformers' own cache.
-        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if (
-            not converted
-            or kind is not None
-            or assisted
-            or generation_config.is_assistant
-            or generation_config.use_cache is False
-            or model_kwargs.get("past_key_values") is not None
-        ):
-            stock: Any = super()
-            return stock._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, *args, **kwargs
-            )
-        model_kwargs["past_key_values"] = self.make_cache()
+@cache
+def heads(family: Family) -> dict[Any, type[PreTrainedModel]]:
+    """The model classes of a family, by the Auto class that loads each; imports their file."""
+    config = CONFIG_MAPPING[family.model_type]
+    # of an encoder that would be its use as a decoder
+    other = "AutoModelForMaskedLM" if family.causal else "AutoModelForCausalLM"
+    return {
+        auto: mapping[config]
+        for auto, mapping in _HEADS.items()
+        if auto.__name__ != other and config in mapping
+    }
 
 
-def _config_class(family: Family) -> type[PreTrainedConfig]:
-    name, model_type = f"Attnopt{family.config.__name__}", f"{NAME}_{family.name}"
-    cls = type(name, (family.config,), {"model_type": model_type, "__module__": __name__})
-    AutoConfig.register(model_type, cls, exist_ok=True)
-    return cls
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model's config, converted or not."""
+    return FAMILIES[config.model_type.removeprefix(f"{NAME}_")]
 
 
-def _model_class(family: Family) -> type[ConvertedModel]:
-    name, config = f"Attnopt{family.model.__name__}", CONFIGS[family.name]
-    bases = (ConvertedModel, family.model)
-    cls = type(name, bases, {"config_class": config, "__module__": __name__})
-    AutoModelForCausalLM.register(config, cls, exist_ok=True)
-    return cls
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """What every head of a model, converted or not, gives its inputs to."""
+    return model.base_model.get_submodule(family_of(model.config).backbone)
 
 
-CONFIGS = {name: _config_class(family) for name, family in FAMILIES.items()}
-MODELS = {name: _model_class(family) for name, family in FAMILIES.items()}
-# pickle looks classes up by name in their module
-globals().update({cls.__name__: cls for cls in (*CONFIGS.values(), *MODELS.values())})
-
-
-def mechanisms(model: nn.Module) -> dict[int, AttentionMechanism]:
-    """The mechanisms of a model, wrapped or not.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Layer index to mechanism, in layer order; empty for a model without.
-    """
-    found = [module for module in model.modules() if isinstance(module, AttentionMechanism)]
-    return {m.layer_idx: m for m in sorted(found, key=lambda m: m.layer_idx)}
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a model, converted or not, in layer order."""
+    layers, _, name = family_of(model.config).attention.partition(".*.")
+    stack: Any = backbone_of(model).get_submodule(layers)
+    return [layer.get_submodule(name) for layer in stack]
 
 
 def describe(model: Any) -> str:
@@ -202,62 +149,78 @@ def describe(model: Any) -> str:
     return f"{type(model).__name__} (model_type {kind!r})" if kind else type(model).__name__
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The family of a model, converted or not."""
-    return next(family for family in FAMILIES.values() if isinstance(model, family.model))
+def check_convertible(model: Any) -> None:
+    """Refuse a model that would be wrong after conversion.
 
+    Args:
+        model: anything.
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention modules of a model, converted or not, in layer order."""
-    return family_of(model).attention(model.base_model)
-
-
-def build(model: PreTrainedModel, configs: Mapping[int, Config]) -> dict[int, AttentionMechanism]:
-    """New mechanisms for these layers, each on the device of its layer."""
-    modules = attention_modules(model)
-    heads = model.config.num_attention_heads
-    built = {}
-    for index, config in configs.items():
-        with next(modules[index].parameters()).device:
-            built[index] = build_mechanism(
-                config,
-                num_heads=heads,
-                num_kv_heads=getattr(model.config, "num_key_value_heads", heads),
-                head_dim=getattr(model.config, "head_dim", model.config.hidden_size // heads),
-                hidden_size=model.config.hidden_size,
-                layer_idx=index,
-            )
-    return built
-
-
-def attach(model: ConvertedModel, built: Mapping[int, AttentionMechanism]) -> None:
-    """Put the mechanisms and the hooks in place, and attention dropout out of the way."""
-    family, modules = family_of(model), attention_modules(model)
-    model._attnopt_hooks = [
-        model.base_model.register_forward_pre_hook(check_inputs, with_kwargs=True)
-    ]
-    model._attnopt_dropouts = {}
-    for index, mechanism in built.items():
-        module = modules[index]
-        owner, name = family.dropout(module)
-        model._attnopt_dropouts[index] = getattr(owner, name)
-        setattr(owner, name, 0.0)
-        setattr(module, NAME, mechanism.train(module.training))
-        model._attnopt_hooks.append(
-            module.register_forward_pre_hook(pass_context, with_kwargs=True)
+    Raises:
+        ValueError: no class of a known family, or an option of its config that its attention
+            would lose; the message says which.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in REFUSED:
+        raise ValueError(f"cannot convert {describe(model)}: {REFUSED[kind]}")
+    if kind not in FAMILIES:
+        valid = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"can convert models of the types {valid}; got {describe(model)}")
+    family = FAMILIES[kind]
+    if type(model) not in heads(family).values():
+        raise ValueError(f"can convert {_names(heads(family).values())}; got {describe(model)}")
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
+        raise ValueError("cannot convert a model with cross-attention (add_cross_attention=True)")
+    if getattr(config, "is_causal", family.causal) != family.causal or (
+        not family.causal and getattr(config, "is_decoder", False)
+    ):
+        direction = "causal" if family.causal else "in both directions"
+        raise ValueError(
+            f"converted attention of {kind} is {direction}; its config asks for the other "
+            "(is_causal, is_decoder)"
         )
-    if replaced := sorted({p for p in model._attnopt_dropouts.values() if p}):
-        logger.info("dropout on attention weights, %s, is 0 on converted layers", replaced)
+    if config.output_attentions:
+        raise ValueError("converted attention never forms its weights; unset output_attentions")
+    _check_windows(config)
+    _check_version(model, family)
 
 
-def detach(model: ConvertedModel) -> None:
-    """Undo `attach`."""
-    family, modules = family_of(model), attention_modules(model)
-    for handle in model._attnopt_hooks:
-        handle.remove()
-    for index, p in model._attnopt_dropouts.items():
-        owner, name = family.dropout(modules[index])
-        setattr(owner, name, p)
-        delattr(modules[index], NAME)
-    for name in ("_attnopt_hooks", "_attnopt_dropouts"):
-        delattr(model, name)
+def _check_version(model: PreTrainedModel, family: Family) -> None:
+    """Refuse model code of older versions of transformers, which would go its own way."""
+    module = attention_modules(model)[0]
+    code = sys.modules[type(module).__module__]
+    mask = "create_causal_mask" if family.causal else "create_bidirectional_mask"
+    if not (hasattr(code, "ALL_ATTENTION_FUNCTIONS") and hasattr(code, mask)):
+        raise ValueError(
+            f"the code of {family.model_type} in this version of transformers lets nobody replace "
+            "its attention or masks; a newer one does"
+        )
+    config = model.config
+    by_layer = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    own_scale = by_layer or not getattr(config, "scale_attn_weights", True)
+    if own_scale and not hasattr(module, "scaling"):
+        raise ValueError(
+            "this version of transformers does not tell attention functions the scale that "
+            "scale_attn_by_inverse_layer_idx and scale_attn_weights ask for; a newer one does"
+        )
+
+
+def _check_windows(config: PreTrainedConfig) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(
+            f"cannot convert a model with layers of {', '.join(sorted(kinds))}; load it with "
+            "use_sliding_window=False, if your texts are never longer than its window"
+        )
+    if window := getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"the model attends to the last {window} tokens (sliding_window), which converted "
+            "layers and those that stay softmax would not; if your texts are never longer, set "
+            "model.config.sliding_window = None first"
+        )
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(sorted({cls.__name__ for cls in classes}))
