@@ -2,20 +2,90 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
+from transformers.generation import BaseStreamer
 
 from attnopt.checkpoints import write_json
 from attnopt.convert import mechanisms
 from attnopt.errors import UserError
 
 TEMPERATURE, TOP_K = 0.7, 50
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; as it stands, from the model's distribution itself.
+
+    temperature divides the logits; top_k keeps the k most likely tokens (0: all), top_p the most
+    likely that together reach that probability (Holtzman et al. 2020, section 3.1).
+
+    Raises ValueError for a setting that draws nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive; got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 1, or 0 for all tokens; got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}")
+
+
+UNTRUNCATED = Sampling()
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    count: int,
+    *,
+    sampling: Sampling = UNTRUNCATED,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+) -> Tensor:
+    """Return the next `count` tokens [B, count] int64 of prompts [B, T], on the CPU.
+
+    What a model's own generation_config says of sampling is left aside, and a token that ends a
+    text is one like any other: the model goes on with the next text, as it read them in training.
+    The same seed and batch give the same tokens; the global random state is left as it was.
+    """
+    own, training = model.generation_config, model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        # Not an argument of generate: what is None there would be filled in from the model's own.
+        model.generation_config = GenerationConfig()
+        model.eval()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            made = model.generate(
+                prompts.to(model.device),
+                attention_mask=torch.ones_like(prompts).to(model.device),
+                max_new_tokens=count,
+                do_sample=True,
+                streamer=streamer,
+                **asdict(sampling),
+            )
+    finally:
+        model.generation_config = own
+        model.train(training)
+    return made[:, prompts.shape[1] :].cpu()
 
 
 def generate_samples(

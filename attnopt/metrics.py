@@ -7,16 +7,25 @@ from torch import Tensor
 
 from attnopt.losses import HeadInput, shifted_labels
 
-# Columns of the sums that row_metrics returns, all of them sums over tokens.
+# Columns of what token_metrics returns for each token, and row_metrics as sums over them.
 COLUMNS = ("kl", "reverse_kl", "ce", "teacher_ce", "agreement")
 
 
-@torch.no_grad()
 def row_metrics(
     student: HeadInput, teacher: HeadInput | None, labels: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return sums [B, 5] (COLUMNS) and counts [B, 2] of real tokens and of tokens with a label.
+    """Return sums [B, 5] and counts [B, 2] over the tokens of token_metrics, which see."""
+    columns, counts = token_metrics(student, teacher, labels, mask)
+    return columns.sum(1), counts.sum(1)
 
+
+@torch.no_grad()
+def token_metrics(
+    student: HeadInput, teacher: HeadInput | None, labels: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return columns [B, T, 5] (COLUMNS), 0 where not counted, and counts [B, T, 2] of 0 and 1.
+
+    The counts are those of real tokens, and of tokens with a label.
     student, teacher: their HeadInput with hidden [B, T, E], at the same positions. labels
     [B, T]: the tokens themselves, -100 where none is predicted. mask [B, T], nonzero = real.
     KLs are KL(teacher||student) and KL(student||teacher) in nats; agreement counts the positions
@@ -25,7 +34,7 @@ def row_metrics(
     """
     following = shifted_labels(labels, mask)
     real = torch.ones_like(labels) if mask is None else mask
-    counts = torch.stack([real != 0, following >= 0])  # [2, B, T]
+    counts = torch.stack([real != 0, following >= 0], dim=-1)  # [B, T, 2]
     columns = torch.full((labels.numel(), len(COLUMNS)), math.nan, device=labels.device)
     for tokens, logits in student.chunks():
         target = following.flatten()[tokens, None].clamp(min=0)
@@ -33,9 +42,8 @@ def row_metrics(
         columns[tokens, 2] = -log_q.gather(-1, target)[:, 0].to(columns)
         if teacher is not None:
             columns[tokens] = _compare(log_q, teacher.logits(tokens).log_softmax(-1), target)
-    counted = counts[[0, 0, 1, 1, 0]].permute(1, 2, 0)  # [B, T, 5]
-    columns = columns.view(counted.shape).masked_fill(~counted, 0.0)
-    return columns.sum(1), counts.sum(-1).T.float()
+    counted = counts[..., [0, 0, 1, 1, 0]]
+    return columns.view(counted.shape).masked_fill(~counted, 0.0), counts.float()
 
 
 def _compare(log_q: Tensor, log_p: Tensor, target: Tensor) -> Tensor:
@@ -72,3 +80,39 @@ def summarize(sums: Tensor, counts: Tensor) -> dict[str, float]:
         "top1": agreement / tokens,
     }
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def add_positions(
+    sums: Tensor, counts: Tensor, found: tuple[Tensor, Tensor], positions: Tensor
+) -> None:
+    """Add token_metrics, [B, T, 5] and [B, T, 2], to sums [P, 5] and counts [P, 2] by position.
+
+    positions [B, T] int64 are places within the text, 0 to P - 1.
+    """
+    for total, new in zip((sums, counts), found, strict=True):
+        total.index_add_(0, positions.flatten(), new.flatten(0, 1).to(total))
+
+
+def by_position(sums: Tensor, counts: Tensor) -> dict[str, list[float | None]]:
+    """Return kl and ce, means over the positions of each of `position_ends`, None without tokens.
+
+    sums [P, 5] and counts [P, 2] by position, as add_positions makes them.
+    """
+    found: dict[str, list[float | None]] = {"kl": [], "ce": []}
+    first = 0
+    for end in position_ends(len(sums)):
+        means = summarize(sums[first:end], counts[first:end])
+        tokens, labeled = counts[first:end].sum(0).tolist()
+        found["kl"].append(means["kl"] if tokens else None)
+        found["ce"].append(means["ce"] if labeled else None)
+        first = end
+    return found
+
+
+def position_ends(context: int) -> list[int]:
+    """Return 1, 2, 4, ... and the context: how many tokens a prediction had to go by, at most.
+
+    The last position, whose next token nobody knows, never stands alone.
+    """
+    ends = [2**i for i in range(context.bit_length())]
+    return [*(end for end in ends if end < context - 1), context]

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnopt.data import load_blocks
 from attnopt.errors import UserError
 from attnopt.generate import TEMPERATURE, TOP_K, compare_generation, generate_samples
 from attnopt.runs import load_model, load_tokenizer
+from attnopt.teacher_text import parse
 
-# Without prompts: the beginnings of this many held-out blocks, each this share of the context.
+# Without prompts: the beginnings of this many held-out blocks, each this share of a block.
 HELD_OUT_PROMPTS = 3
 PROMPT_SHARE = 4
 
@@ -33,7 +34,7 @@ def sample_run(
 
     run: a folder of `attnopt distill`; comparing writes its generation.json, with timings.
     prompts: by default the beginnings of held-out texts of the run's own data.
-    max_new_tokens: by default a quarter of the context, 100 at most.
+    max_new_tokens: by default a quarter of what it was trained on, 100 at most.
 
     Raises UserError for a folder that is no run, and for prompts that do not fit.
     """
@@ -43,8 +44,11 @@ def sample_run(
         raise UserError(f"{run} is not a run folder: its run.json cannot be read") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, tokenizer = load_model(run / "student").to(device), load_tokenizer(run / "student")
-    context = student.config.max_position_embeddings
-    prompts = list(prompts) or held_out_prompts(about, tokenizer, context)
+    context = min(student.config.max_position_embeddings, about.get("block_size") or 1024)
+    teacher = None
+    if compare or (not prompts and parse(about["data"])):
+        teacher = load_model(about["teacher"]).to(device)
+    prompts = list(prompts) or held_out_prompts(about, tokenizer, context, teacher)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens or min(100, context // 4),
         "temperature": temperature,
@@ -54,17 +58,20 @@ def sample_run(
     if not compare:
         texts = generate_samples(student.eval(), tokenizer, prompts, **settings)
         return [{"prompt": p, "student": t} for p, t in zip(prompts, texts, strict=True)]
-    teacher = load_model(about["teacher"]).to(device)
+    assert teacher is not None
     made = compare_generation(teacher, student, tokenizer, prompts, output=run, **settings)
     return made["samples"]
 
 
 def held_out_prompts(
-    about: dict[str, Any], tokenizer: PreTrainedTokenizerBase, context: int
+    about: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    teacher: PreTrainedModel | None = None,
 ) -> list[str]:
     """Return the beginnings of some held-out blocks of the data that a run.json names.
 
-    Words that the borders of a block cut in two are left out.
+    Words that the borders of a block cut in two are left out. teacher: for data that it writes.
     """
     blocks = load_blocks(
         about["data"],
@@ -74,6 +81,7 @@ def held_out_prompts(
         text_column=about.get("text_column"),
         validation=about.get("validation"),
         max_tokens=HELD_OUT_PROMPTS * context // PROMPT_SHARE,
+        teacher=teacher,
     )
     texts = [tokenizer.decode(row) for row in blocks["input_ids"][:HELD_OUT_PROMPTS]]
     return [re.sub(r"^\S*\s+|\s+\S*$", "", text) or text for text in texts]

@@ -12,9 +12,11 @@ from attnopt import Favor, LastK, UserError, convert
 from attnopt.data import load_blocks
 from attnopt.demo_text import byte_tokenizer
 from attnopt.distill import distill
-from attnopt.evaluate import compare, evaluate, evaluate_models
+from attnopt.evaluate import compare, evaluate, evaluate_models, tally, windows
 from attnopt.generate import cache_bytes, compare_generation, generate_samples, time_generation
+from attnopt.metrics import by_position, position_ends
 from attnopt.pretrain import small_gpt2
+from attnopt.runs import load_model
 
 BYTES = byte_tokenizer()
 CONTEXT = 24
@@ -101,6 +103,104 @@ def test_a_teacher_without_attention_supports_no_conclusion(teacher, text):
     assert not got["conclusive"] and "draw no conclusion" in got["warning"]
     with pytest.raises(UserError, match="the student is not a converted model"):
         evaluate_models(student, teacher, blocks_of(text))
+
+
+def test_loss_by_position(teacher, text):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    blocks = blocks_of(text).select(range(5))
+    ids = torch.tensor(blocks["input_ids"][:])
+    log_p, log_q = log_probabilities(teacher, ids), log_probabilities(student, ids)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(0)  # [T]
+    ce = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(0)
+    got = evaluate_models(teacher, student, blocks)["by_position"]
+    assert got["ends"] == [1, 2, 4, 8, 16, CONTEXT]
+    assert set(got["models"]) == {"teacher", "zero-shot", "student"}
+    found = got["models"]["student"]
+    edges = [0, *got["ends"]]
+    for i, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        assert found["kl"][i] == pytest.approx(kl[first:end].mean().item(), rel=1e-4, abs=1e-6)
+        assert found["ce"][i] == pytest.approx(ce[first:end].mean().item(), rel=1e-4)
+    assert found["kl"][0] == pytest.approx(0, abs=1e-6) and max(found["kl"]) > 0.01
+    # rows of unequal length
+    ragged = [{"input_ids": row[:n].tolist()} for row, n in zip(ids, (24, 3, 9, 9, 1), strict=True)]
+    _, counts = tally(teacher, {"it": student}, ragged)["it"]
+    assert counts[:, 0].tolist() == [5] + [4] * 2 + [3] * 6 + [1] * 15
+    assert counts[:, 1].tolist() == [4] * 2 + [3] * 6 + [1] * 15 + [0]
+    # rows that hold two texts each
+    places = [*range(12)] * 2
+    packed = [{"input_ids": row.tolist(), "position_ids": places} for row in ids]
+    _, counts = tally(teacher, {"it": student}, packed)["it"]
+    assert counts[:, 0].tolist() == [10] * 12 + [0] * 12
+    assert counts[:, 1].tolist() == [10] * 11 + [0] * 13
+    empty = by_position(torch.ones(8, 5), torch.tensor([[1.0, 1.0]] * 3 + [[0.0, 0.0]] * 5))
+    assert empty["kl"] == empty["ce"] == [1, 1, 2, None]
+    assert [position_ends(n) for n in (2, 4, 17, 18)] == [
+        [2], [1, 2, 4], [1, 2, 4, 8, 17], [1, 2, 4, 8, 16, 18],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 5, 12, CONTEXT])
+def test_perplexity_with_a_stride(teacher, text, stride):
+    student = convert(copy.deepcopy(teacher), LastK(window=3))
+    blocks = blocks_of(text).select(range(3))
+    ids = torch.tensor(blocks["input_ids"][:]).flatten()
+    count = len(ids)
+    expected = {"teacher": [], "student": []}
+    for target in range(1, count):  # token by token, from the first window that reaches it
+        start = max(0, -(-(target - CONTEXT + 1) // stride) * stride)
+        if start == target:
+            continue  # nothing before it: never with a stride below the context
+        assert target - start >= min(target, CONTEXT - stride)
+        window = ids[start : start + CONTEXT][None]
+        for name, model in (("teacher", teacher), ("student", student)):
+            log_p = log_probabilities(model, window)
+            expected[name].append(-log_p[0, target - start - 1, ids[target]].item())
+    got = evaluate_models(teacher, student, blocks, stride=stride)
+    strided = got["strided"]
+    assert strided["stride"] == stride and strided["tokens"] == len(expected["teacher"])
+    assert len(expected["teacher"]) == count - (3 if stride == CONTEXT else 1)
+    means = {name: sum(losses) / len(losses) for name, losses in expected.items()}
+    for name, ce in means.items():
+        assert strided["models"][name]["ce"] == pytest.approx(ce, rel=1e-5)
+        if stride == CONTEXT:
+            assert strided["models"][name]["ce"] == pytest.approx(got["models"][name]["ce"])
+    ratio = torch.tensor(means["student"] - means["teacher"]).exp().item()
+    assert strided["models"]["student"]["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_windows():
+    rows = windows(range(10), 4, 3)
+    assert [row["input_ids"] for row in rows] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [row["labels"] for row in rows] == [
+        [0, 1, 2, 3], [-100, 4, 5, 6], [-100, 7, 8, 9],
+    ]  # fmt: skip
+    assert windows(range(5), 4, 2)[-1] == {"input_ids": [2, 3, 4], "labels": [-100, -100, 4]}
+    for stride in (0, 5):
+        with pytest.raises(UserError, match="between 1 and the block size, 4; got"):
+            windows(range(10), 4, stride)
+
+
+def test_everything_at_once(run, text):
+    result = evaluate(run, text=True, stride=6, max_tokens=100)
+    assert result == json.loads((run / "evaluation.json").read_text())
+    first = blocks_of(text, split="validation").select(range(4))
+    assert result["tokens"] == 96 and result["strided"]["tokens"] == 95
+    plain = evaluate_models(
+        *(load_model(run.parent / name) for name in ("teacher", "run/student")), first
+    )
+    assert result["models"]["student"] == pytest.approx(plain["models"]["student"], rel=1e-5)
+    for part in ("text", "strided", "by_position"):
+        assert set(result[part]["models"]) == {"teacher", "zero-shot", "student"}
+    assert evaluate(run, block_size=12)["by_position"]["ends"][-1] == 12
+    with pytest.raises(UserError, match="longer than the model's context of 24"):
+        evaluate(run, block_size=25)
+    with pytest.raises(UserError, match="--stride must lie .* the block size, 24; got 0"):
+        evaluate(run, stride=0)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"packed": True}))
+    with pytest.raises(UserError, match="--stride is for text in one piece"):
+        evaluate(run, stride=6)
+    assert not {"text", "strided"} & set(evaluate(run))
 
 
 def test_a_run_is_evaluated_on_what_it_has_not_seen(run, text, tmp_path):

@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from attnopt import NSA, Favor
+from attnopt import NSA, Favor, Routing
 from attnopt.errors import UserError
 from attnopt.report import load_runs, write_report
-from attnopt.report.page import byte_count, number
-from attnopt.report.pictures import loss_panels, validation_panels
+from attnopt.report.console import print_comparison
+from attnopt.report.page import MEASURES, byte_count, number
+from attnopt.report.pictures import loss_panels, position_panels, validation_panels
 from attnopt.report.plots import Line, Panel, line_panels, smooth
 from attnopt.report.runs import describe
 from attnopt.report.style import color_of, svg
@@ -140,6 +141,66 @@ def test_pictures_take_the_color_of_the_page(full):
     assert "currentColor" in full[0]
 
 
+def with_text(run, loss=2.0):
+    """Add to a run's evaluation what its commands add to it: positions, windows and texts."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    models, shift = ("teacher", "zero-shot", "student"), {"teacher": 0.0, "zero-shot": 0.5}
+    losses = {name: loss + shift.get(name, 0.25) for name in models}
+    evaluation |= {
+        "by_position": {
+            "ends": [1, 2, 4, 7],
+            "models": {n: {"kl": [0.0, x, 0.1, None], "ce": [x] * 4} for n, x in losses.items()},
+        },
+        "strided": {
+            "stride": 128,
+            "models": {
+                n: {"perplexity": 77 + x, "perplexity_ratio": 1.0} for n, x in losses.items()
+            },
+        },
+        "text": {
+            "settings": {"continuations": 128, "prompt_tokens": 64, "new_tokens": 99}
+            | {"seed": 0, "temperature": 0.8, "top_k": 0, "top_p": 0.95},
+            "models": {
+                n: {key: {"value": x, "low": x - 0.3, "high": x + 0.5} for key in MEASURES}
+                for n, x in losses.items()
+            },
+            "samples": [{"prompt": "Once", **{n: f"{n} <wrote>" for n in models}}],
+        },
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return run
+
+
+def test_long_texts_and_what_models_write(write_run, tmp_path, capsys):
+    runs = with_text(write_run(tmp_path / "a")), with_text(write_run(tmp_path / "b", 12))
+    html, numbers = report(tmp_path, *runs)
+    page = Page(html)
+    for words in (
+        "windows that begin 128 tokens apart",
+        "79.00",
+        "128 continuations of 99 tokens after 64 of held-out text; temperature 0.8, top-p 0.95",
+        "2.25 ±0.4",
+        *(name for name in MEASURES.values()),
+        "tokens of context",
+    ):
+        assert words in page.text.replace("‑", "-"), words
+    assert numbers["runs"][1]["evaluation"]["text"]["models"]["student"]["nll"]["low"] == 1.95
+    assert page.tags.count("svg") == 9 and page.tags.count("table") == 7
+    # one teacher for both, and generation.json has the samples
+    assert html.count("</span>teacher</th>") == 3 and "wrote" not in html
+    ce, kl = position_panels(load_runs(runs))
+    assert [line.label for line in ce.lines] == ["teacher", "", "last-3", "", "last-12"]
+    assert [line.label for line in kl.lines] == ["", "last-3", "", "last-12"]
+    assert (kl.lines[1].x, kl.lines[1].y) == ((1, 2, 4), (0.0, 2.25, 0.1))
+    (runs[0] / "generation.json").unlink()
+    html = report(tmp_path, *runs)[0]
+    assert "last-3, zero-shot</h4><pre>zero-shot &lt;wrote&gt;" in html
+    print_comparison([(run.label, run.evaluation) for run in load_runs(runs)])
+    shown = capsys.readouterr().out
+    for words in ("windows 128 tokens apart", "79.50", "128 texts of 99 tokens", "±0.4"):
+        assert words in shown, words
+
+
 @pytest.mark.parametrize("part", ["history", "evaluation", "generation", "masks"])
 def test_a_missing_part_is_said_to_be_missing(write_run, part, tmp_path):
     html, numbers = report(tmp_path, write_run(tmp_path / "a", skip=[part]))
@@ -245,6 +306,7 @@ def test_user_mistakes(write_run, tmp_path):
     [
         ({"mechanism": "lastk", "window": 5}, "last-5"),
         ({"mechanism": "lastk", "window": 32, "sinks": 4}, "last-32 + 4 sinks"),
+        (Routing(16, 32).to_dict(), "routing 16 + last 32"),
         ({"mechanism": "lastk", "window": 2, "per_head": True}, "last-2, per head"),
         ({"mechanism": "lastk", "window": 2, "sinks": 1}, "last-2 + 1 sink"),
         ({"mechanism": "masks", "candidates": [{}] * 3}, "3 masks"),

@@ -11,6 +11,17 @@ from attnopt.report import pictures
 from attnopt.report.runs import PARTS, Run
 from attnopt.report.style import TEACHER, color_of
 
+# Of `attnopt.text_metrics`, as headers.
+MEASURES = {
+    "nll": "teacher's NLL, nats/token",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "repetition": "repeated 4-grams",
+    "loop": "longest loop",
+    "self_bleu": "self-BLEU-4",
+}
+
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text; it refers to no file and no address outside itself."""
@@ -21,6 +32,9 @@ def render(runs: Sequence[Run]) -> str:
         verdicts=[_verdict(run) for run in runs if run.evaluation],
         controls=_controls(runs),
         tables=summary_tables([(run.label, run.evaluation) for run in runs]),
+        positions=_markup(pictures.position_curves(runs)),
+        measures=MEASURES,
+        texts=text_tables([(run.label, run.evaluation) for run in runs]),
         missing=[_missing(run, part) for run in runs for part in run.missing()],
         loss=_markup(pictures.loss_curves(runs)),
         matched=any(run.border() for run in runs),
@@ -57,23 +71,36 @@ def summary_tables(
     """One table of models for each text and teacher that students were evaluated on.
 
     evaluations: a student's label with its evaluation.json, None where there is none.
-    Each table is {"data", "tokens", "rows"}, a row {"model", "stage", "color", "scores"} with the
-    scores of evaluation.json; a teacher shared by several students has one row.
+    Each table is {"data", "tokens", "stride", "rows"}, a row {"model", "stage", "color", "scores"}
+    with the scores of evaluation.json; a teacher shared by several students has one row. Where
+    windows overlapped, so many tokens ("stride") apart, the scores have "strided" of their own.
     """
-    tables: dict[str, dict[str, Any]] = {}
-    for i, (label, evaluation) in enumerate(evaluations):
+    found: list[tuple[dict[str, Any], dict[str, Any]] | None] = []
+    for evaluation in (evaluation for _, evaluation in evaluations):
         if evaluation is None:
+            found.append(None)
             continue
-        models = evaluation["models"]
         split = f", {evaluation['split']} split" if "split" in evaluation else ""
-        data, tokens = f"{evaluation.get('data')}{split}", evaluation.get("tokens")
-        teacher = {"model": "teacher", "stage": "", "color": TEACHER, "scores": models["teacher"]}
-        table = {"data": data, "tokens": tokens, "rows": [teacher]}
-        table = tables.setdefault(str((data, tokens, models["teacher"])), table)
-        for key, stage in (("zero-shot", "zero-shot"), ("student", "trained")):
-            row = {"model": label, "stage": stage, "color": color_of(i), "scores": models[key]}
-            table["rows"].append(row)
-    return list(tables.values())
+        strided = evaluation.get("strided") or {"stride": None, "models": {}}
+        models = {
+            name: scores | {"strided": strided["models"].get(name, {})}
+            for name, scores in evaluation["models"].items()
+        }
+        about = {"data": f"{evaluation.get('data')}{split}", "tokens": evaluation.get("tokens")}
+        found.append((about | {"stride": strided["stride"]}, models))
+    return _tables([label for label, _ in evaluations], found)
+
+
+def text_tables(
+    evaluations: Sequence[tuple[str, dict[str, Any] | None]],
+) -> list[dict[str, Any]]:
+    """One table of what models wrote for each teacher and settings, as `summary_tables`.
+
+    Each table is {"settings", "rows"}; a row's scores are {measure: {"value", "low", "high"}}.
+    """
+    parts = [(evaluation or {}).get("text") for _, evaluation in evaluations]
+    found = [part and ({"settings": part["settings"]}, part["models"]) for part in parts]
+    return _tables([label for label, _ in evaluations], found)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -92,6 +119,26 @@ def byte_count(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value / 1e3:,.0f} kB" if value < 1e6 else f"{value / 1e6:,.2f} MB"
+
+
+def _tables(
+    labels: Sequence[str], found: Sequence[tuple[dict[str, Any], dict[str, Any]] | None]
+) -> list[dict[str, Any]]:
+    """Tables that each hold the models of one description and one teacher, {..., "rows"}.
+
+    found: per label the description of its table, and the scores of its models; or None.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for i, (label, part) in enumerate(zip(labels, found, strict=True)):
+        if part is None:
+            continue
+        about, models = part
+        teacher = {"model": "teacher", "stage": "", "color": TEACHER, "scores": models["teacher"]}
+        table = tables.setdefault(str((about, models["teacher"])), {**about, "rows": [teacher]})
+        for key, stage in (("zero-shot", "zero-shot"), ("student", "trained")):
+            row = {"model": label, "stage": stage, "color": color_of(i), "scores": models[key]}
+            table["rows"].append(row)
+    return list(tables.values())
 
 
 def _verdict(run: Run) -> str:
@@ -144,15 +191,22 @@ def _timing(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Prompts with every model's continuation; the teacher's once where runs agree on it."""
+    """Prompts with every model's continuation; the teacher's once where runs agree on it.
+
+    Those of `attnopt generate` where a run has them, else those of its evaluation of text.
+    """
     prompts: dict[str, list[dict[str, str]]] = {}
     for i, run in enumerate(runs):
-        for sample in (run.generation or {}).get("samples", []):
+        made = run.generation or (run.evaluation or {}).get("text") or {}
+        for sample in made.get("samples", []):
             texts = prompts.setdefault(sample["prompt"], [])
             teacher = {"model": "teacher", "color": TEACHER, "text": sample["teacher"]}
             if teacher not in texts:
                 texts.append(teacher)
-            texts.append({"model": run.label, "color": color_of(i), "text": sample["student"]})
+            for key, stage in (("zero-shot", ", zero-shot"), ("student", "")):
+                if key in sample:
+                    name = f"{run.label}{stage}"
+                    texts.append({"model": name, "color": color_of(i), "text": sample[key]})
     return [{"prompt": prompt, "texts": texts} for prompt, texts in prompts.items()]
 
 

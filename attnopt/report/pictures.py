@@ -74,6 +74,35 @@ def validation_curves(runs: Sequence[Run]) -> str | None:
     return svg(line_panels(panels), "validation by step") if panels else None
 
 
+def position_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Cross-entropy and KL against the tokens of context: students, dashed before training."""
+    panels, titles = [], {"ce": "cross-entropy, nats/token", "kl": "KL to the teacher, nats/token"}
+    for key, title in titles.items():
+        lines: list[Line] = []
+        for i, run in enumerate(runs):
+            found = (run.evaluation or {}).get("by_position")
+            if not found:
+                continue
+            shown = [("zero-shot", "", color_of(i)), ("student", run.label, color_of(i))]
+            if key == "ce":
+                shown.insert(0, ("teacher", "teacher", TEACHER))
+            for model, label, color in shown:
+                pairs = zip(found["ends"], found["models"][model][key], strict=True)
+                x, y = zip(*((end, mean) for end, mean in pairs if mean is not None), strict=True)
+                line = Line(label, color, x, y, dashed=model == "zero-shot")
+                if line not in lines:  # runs share their teacher
+                    lines.append(line)
+        if lines:
+            panels.append(Panel(title, "tokens of context", lines, log_x=True))
+    return panels
+
+
+def position_curves(runs: Sequence[Run]) -> str | None:
+    """The picture of `position_panels`."""
+    panels = position_panels(runs)
+    return svg(line_panels(panels), "loss by position in the text") if panels else None
+
+
 def resource_curves(runs: Sequence[Run]) -> str | None:
     """CPU time and memory against the wall clock of training."""
     panels = []

@@ -113,6 +113,8 @@ def describe(attention: Mapping[str, Any] | None) -> str:
         gates = "gates " if attention["combine"] == "gates" else ""
         blocks = f"{attention['num_selected']}x{attention['select_block']}"
         return f"nsa {gates}{blocks} + last {attention['window']}"
+    if attention["mechanism"] == "routing":
+        return f"routing {attention['num_clusters']} + last {attention['window']}"
     return _describe_features(attention) if "feature_map" in attention else attention["mechanism"]
 
 
