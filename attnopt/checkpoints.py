@@ -88,7 +88,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(folder)
     except WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -131,11 +131,12 @@ def discard(checkpoint: Path, error: Exception) -> UserError:
     shutil.rmtree(checkpoint, ignore_errors=True)
     older = newest_complete(checkpoint.parent)
     hint = f"; the last whole one is {older.name}" if older is not None else ""
-    message = _cannot_write(checkpoint, error)
+    message = cannot_write(checkpoint, error)
     return UserError(f"{message}{hint}")
 
 
-def _cannot_write(path: Path, error: Exception) -> UserError:
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """Return the error to raise where a file could not be written, with the space left there."""
     reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
     try:
         free = shutil.disk_usage(path.parent).free / 2**20

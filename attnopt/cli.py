@@ -18,6 +18,10 @@ app = typer.Typer(
 )
 
 DATA_HELP = "demo, wikitext-2, wikitext-103, a .txt, .jsonl or .parquet file, or a Hub id."
+TRAIN_HELP = (
+    f"{DATA_HELP} Or text that the teacher writes: teacher:2M, or teacher:2M:wikitext-2 for texts "
+    "that begin like those; temperature=, top_k=, top_p= and seed= go before the last colon."
+)
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Validation = Annotated[
     str | None, typer.Option("--validation-data", help="File used whole for validation.")
@@ -26,11 +30,24 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of text, where ther
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or Hub id.", show_default="the model's")
 ]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens per sequence.", show_default="the context, to 1024"),
+]
+MaxTrainTokens = Annotated[
+    int | None, typer.Option(min=1, help="Train on a random part.", show_default="all")
+]
 MaxEvalTokens = Annotated[int, typer.Option(min=1, help="Of each evaluation while training.")]
 Output = Annotated[Path, typer.Option(help="Folder to write.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Blocks per step and device.")]
+Patience = Annotated[
+    int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Packed = Annotated[
+    bool, typer.Option("--packed", help="Let no token see another document of its block.")
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder written by `attnopt distill`.")]
@@ -76,6 +93,7 @@ def pretrain(
     validation_data: Validation = None,
     text_column: TextColumn = None,
     max_eval_tokens: MaxEvalTokens = 65_536,
+    packed: Packed = False,
     seed: Seed = 42,
     bf16: Bf16 = False,
     resume: Resume = False,
@@ -95,6 +113,7 @@ def pretrain(
         text_column=text_column,
         validation=validation_data,
         max_eval_tokens=max_eval_tokens,
+        packed=packed,
         resume=resume,
         argv=_argv(),
         per_device_train_batch_size=batch_size,
@@ -108,7 +127,7 @@ def pretrain(
 @app.command()
 def distill(
     model: Annotated[str, typer.Option(help="Teacher: a folder or Hub id, such as gpt2.")],
-    data: Data,
+    data: Annotated[str, typer.Option(help=TRAIN_HELP)],
     output: Output,
     attention: options.Attention = "lastk",
     window: options.Window = None,
@@ -129,11 +148,19 @@ def distill(
     sink_blocks: options.SinkBlocks = None,
     local_blocks: options.LocalBlocks = None,
     compression: options.Compression = None,
+    clusters: options.Clusters = None,
     layers: options.Layers = None,
     train: Annotated[
-        Literal["coefficients", "attention", "all"],
+        Literal["coefficients", "lora", "attention", "all"],
         typer.Option(rich_help_panel=OBJECTIVE, help="Which parameters learn."),
     ] = "attention",
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Of adapters (--train lora).", show_default="8")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(min=0, help="Their scale is alpha / rank.", show_default="twice the rank"),
+    ] = None,
     direction: Annotated[
         Literal["forward", "reverse"],
         typer.Option(rich_help_panel=OBJECTIVE, help="KL(teacher||student) or the reverse."),
@@ -155,20 +182,14 @@ def distill(
     coefficient_learning_rate: Annotated[
         float | None, typer.Option(min=0, help="Of coefficients, features and gates, if another.")
     ] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many evaluations without gain.")
-    ] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per sequence.", show_default="the context, to 1024"),
-    ] = None,
+    patience: Patience = None,
+    block_size: BlockSize = None,
     tokenizer: Tokenizer = None,
     validation_data: Validation = None,
     text_column: TextColumn = None,
-    max_train_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Train on a random part.", show_default="all")
-    ] = None,
+    max_train_tokens: MaxTrainTokens = None,
     max_eval_tokens: MaxEvalTokens = 65_536,
+    packed: Packed = False,
     seed: Seed = 42,
     bf16: Bf16 = False,
     resume: Resume = False,
@@ -195,6 +216,7 @@ def distill(
         validation=validation_data,
         max_train_tokens=max_train_tokens,
         max_eval_tokens=max_eval_tokens,
+        packed=packed,
         patience=patience,
         resume=resume,
         argv=_argv(),
@@ -207,6 +229,8 @@ def distill(
         learning_rate=learning_rate,
         coefficient_learning_rate=coefficient_learning_rate,
         train_parameters=train,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         direction=direction,
         temperature=temperature,
         kl_weight=kl_weight,
@@ -227,6 +251,13 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Use a random part of the text.", show_default="all")
     ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per sequence.", show_default="the run's")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Also perplexity of windows so far apart.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Also compare what they write.")] = False,
 ) -> None:
     """Compare teacher, converted teacher and student on held-out text, beside the controls.
 
@@ -237,7 +268,14 @@ def evaluate(
     from attnopt.report.runs import label_of
 
     result = module.evaluate(
-        run, data=data, teacher=teacher, text_column=text_column, max_tokens=max_tokens
+        run,
+        data=data,
+        teacher=teacher,
+        text_column=text_column,
+        block_size=block_size,
+        max_tokens=max_tokens,
+        text=text,
+        stride=stride,
     )
     print_comparison([(label_of(run), result)])
 

@@ -14,21 +14,24 @@ PANEL = "Attention"
 # What BASED pairs its Taylor features with (Arora et al. 2024): one exact block and its past.
 BASED_WINDOW = 33
 
-AttentionName = Literal["lastk", "masks", "performer", "kerformer", "hedgehog", "based", "nsa"]
+AttentionName = Literal[
+    "lastk", "masks", "performer", "kerformer", "hedgehog", "based", "nsa", "routing"
+]  # fmt: skip
 Attention = Annotated[
     AttentionName,
     typer.Option(
         rich_help_panel=PANEL,
         help="Mechanism: last tokens, mixed masks; linear, through random features (performer), "
-        "learned ones (kerformer, hedgehog) or a Taylor series (based); or blocks (nsa).",
+        "learned ones (kerformer, hedgehog) or a Taylor series (based); blocks (nsa); or clusters "
+        "(routing).",
     ),
 ]
 Window = Annotated[
     int | None,
     typer.Option(
         rich_help_panel=PANEL,
-        help="Tokens seen (lastk), or seen exactly beside the features or blocks.",
-        show_default="lastk 5, based 33, nsa 128, else 0",
+        help="Tokens seen (lastk), or seen exactly beside the features, blocks or clusters.",
+        show_default="lastk 5, based 33, nsa 128, routing 64, else 0",
     ),
 ]
 Sinks = Annotated[
@@ -152,6 +155,10 @@ Compression = Annotated[
         show_default="mean",
     ),
 ]
+Clusters = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=PANEL, help="routing: clusters of a head.", show_default="8"),
+]
 Layers = Annotated[
     str | None,
     typer.Option(rich_help_panel=PANEL, help="Those to convert, as 0,2,6-11.", show_default="all"),
@@ -168,6 +175,7 @@ _FLAGS = {
         "combine", "select_block", "compress_block", "compress_stride", "num_selected", "window",
         "sink_blocks", "local_blocks", "compression",
     ),
+    "routing": ("clusters", "window"),
 }  # fmt: skip
 
 
@@ -187,7 +195,7 @@ def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
         UserError: an option that means nothing to this mechanism.
         ValueError: a value that the config refuses.
     """
-    from attnopt.attention import NSA, Favor, LastK, Masks
+    from attnopt.attention import NSA, Favor, LastK, Masks, Routing
 
     given = {k: v for k, v in options.items() if v is not None and v is not False and v != []}
     known = _FLAGS[attention]
@@ -207,6 +215,10 @@ def build_config(attention: str, options: Mapping[str, Any]) -> "Config":
         return Masks(**given)
     if attention == "nsa":
         return NSA(**given)
+    if attention == "routing":
+        if "clusters" in given:
+            given["num_clusters"] = given.pop("clusters")
+        return Routing(**given)
     if "features" in given:
         given["num_features"] = given.pop("features")
     if attention == "based":

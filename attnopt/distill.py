@@ -10,13 +10,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from attnopt.arguments import OWN_TEACHER
 from attnopt.attention import Config
 from attnopt.calibration import calibrate
-from attnopt.checkpoints import prepare_folder, write_folder, write_json
+from attnopt.checkpoints import prepare_folder, write_json
 from attnopt.convert import convert, mechanisms
 from attnopt.data import Split, collate, load_blocks
 from attnopt.errors import UserError
 from attnopt.history import History
+from attnopt.modules import with_whole_parameters
 from attnopt.runs import (
     check_fits,
     finish_distributed,
@@ -28,6 +30,7 @@ from attnopt.runs import (
     versions,
 )
 from attnopt.stages import Patience
+from attnopt.teacher_text import parse
 from attnopt.trainer import DistillationArguments, DistillationTrainer
 
 __all__ = ["DistillationArguments", "DistillationTrainer", "distill"]
@@ -45,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,
 }
 MASK_LENGTH = 48  # of the heatmaps in masks.json
-CALIBRATION_ROWS = 8  # training sequences that gates are measured on
+CALIBRATION_ROWS = 8  # training sequences that gates and centroids are measured on
 
 
 def distill(
@@ -61,6 +64,7 @@ def distill(
     validation: str | None = None,
     max_train_tokens: int | None = None,
     max_eval_tokens: int | None = 16_384,
+    packed: bool = False,
     patience: int | None = None,
     resume: bool = False,
     argv: list[str] | None = None,
@@ -69,19 +73,21 @@ def distill(
     """Convert a copy of the teacher, distill it, and return the run folder with the result.
 
     teacher: folder or Hub id of a model that `attnopt.convert` supports.
-    config, layers: as for `attnopt.convert`. data, text_column, validation: as for
+    config, layers: as for `attnopt.convert`. data, text_column, validation, packed: as for
     `attnopt.data.load_blocks`. tokenizer: folder or id, the teacher's own by default.
     block_size: tokens of a training sequence, by default the context up to 1024.
     patience: stop after this many evaluations without improvement, and keep the best student.
     resume: go on from the newest whole checkpoint, bit for bit as if there had been no break, as
-    long as the number of threads and processes is the same.
+    long as the number of threads and processes is the same. (The first mean that is logged then
+    begins at the checkpoint.)
     argv: the command to record, by default this process's.
     training: fields of DistillationArguments; DEFAULTS holds what differs from its own defaults.
     max_steps counts those of `match_steps` too, which come first.
 
-    Gates, between a window and features or of NSA's branches, start where `attnopt.calibrate` puts
-    them on a few training sequences. Dropout is 0 in the student: its noise would be part of what
-    the teacher is to explain. The folder gets run.json, history.json, masks.json, start/ (the
+    Gates, between a window and features or of NSA's branches, and the centroids of routing start
+    where `attnopt.calibrate` puts them on a few training sequences. Dropout is 0 in the student:
+    its noise would be part of what the teacher is to explain. Weights that train are fp32 and are
+    saved in the teacher's dtype. The folder gets run.json, history.json, masks.json, start/ (the
     mechanisms before training), checkpoints/ and student/.
 
     Raises UserError for what the user can mend, before training where that is possible.
@@ -90,20 +96,27 @@ def distill(
     _check_unused(output, resume)
     args = _arguments(prepare_folder(output / "checkpoints"), training, patience)
     set_seed(args.seed)
-    source, words = load_model(teacher), load_tokenizer(tokenizer or teacher)
-    student = _without_dropout(convert(load_model(teacher), config, layers))
+    student, words = load_model(teacher), load_tokenizer(tokenizer or teacher)
+    source = None if args.train_parameters in OWN_TEACHER else load_model(teacher)
     about: dict[str, Any] = {
         "data": data,
         "text_column": text_column,
         "validation": validation,
-        "block_size": check_fits(source, words, block_size),
+        "block_size": check_fits(student, words, block_size),
+        "packed": packed,
     }
+    writer = student.to(args.device) if parse(data) else student  # what it writes, it writes dense
+    train_blocks = _blocks(about, words, "train", args.seed, max_train_tokens, writer)
+    eval_blocks = _blocks(about, words, "validation", args.seed, max_eval_tokens, writer)
+    dtype, student = student.dtype, _without_dropout(convert(student, config, layers))
+    if source is not None:
+        student.float()  # bf16 weights would round most of their updates away
     trainer = DistillationTrainer(
         student,
         args,
-        teacher=None if args.train_parameters == "coefficients" else source,
-        train_dataset=_blocks(about, words, "train", args.seed, max_train_tokens),
-        eval_dataset=_blocks(about, words, "validation", args.seed, max_eval_tokens),
+        teacher=source,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
         processing_class=words,
         callbacks=[History(output / "history.json"), *_stopping(patience)],
     )
@@ -113,7 +126,8 @@ def distill(
         "versions": versions(),
         "teacher": str(Path(teacher).resolve()) if Path(teacher).exists() else str(teacher),
         "attention": _describe(student),
-        "training": training_settings(args),
+        "training": training_settings(args)
+        | {"bf16": trainer.accelerator.mixed_precision == "bf16"},  # the launcher's word counts too
     }
     if trainer.is_world_process_zero():
         write_json(output / "run.json", about)
@@ -121,9 +135,10 @@ def distill(
     if trainer.is_world_process_zero():
         save_start(student, output / "start")
     train(trainer, resume)
+    masks = mask_heatmaps(student)
+    trainer.save_student(output / "student", dtype)
     if trainer.is_world_process_zero():
-        write_folder(output / "student", lambda folder: trainer.save_model(str(folder)))
-        write_json(output / "masks.json", mask_heatmaps(student))
+        write_json(output / "masks.json", masks)
     finish_distributed()
     return output
 
@@ -133,7 +148,10 @@ def mask_heatmaps(model: PreTrainedModel, length: int = MASK_LENGTH) -> dict[str
 
     Layers whose mechanism puts no mask on softmax are left out.
     """
-    matrices = {str(i): m.mask_matrix(length) for i, m in mechanisms(model).items()}
+    matrices = {
+        str(i): with_whole_parameters(m, lambda m: m.mask_matrix(length))
+        for i, m in mechanisms(model).items()
+    }
     rounded = {
         i: (m.detach().double().cpu() * 1e4).round() / 1e4
         for i, m in matrices.items()
@@ -143,7 +161,7 @@ def mask_heatmaps(model: PreTrainedModel, length: int = MASK_LENGTH) -> dict[str
 
 
 def _calibrate(student: PreTrainedModel, blocks: Dataset, seed: int) -> None:
-    if any(getattr(m.config, "gate", False) for m in mechanisms(student).values()):
+    if any(m.make_gauge() is not None for m in mechanisms(student).values()):
         count = min(CALIBRATION_ROWS, len(blocks))
         chosen = sorted(random.Random(seed).sample(range(len(blocks)), count))
         calibrate(student, [collate([blocks[i]]) for i in chosen])
@@ -177,7 +195,12 @@ def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _blocks(
-    about: Mapping[str, Any], words: Any, split: Split, seed: int, max_tokens: int | None
+    about: Mapping[str, Any],
+    words: Any,
+    split: Split,
+    seed: int,
+    max_tokens: int | None,
+    teacher: PreTrainedModel,
 ) -> Dataset:
     return load_blocks(
         about["data"],
@@ -188,6 +211,8 @@ def _blocks(
         validation=about["validation"],
         seed=seed,
         max_tokens=max_tokens,
+        teacher=teacher,
+        packed=about["packed"],
     )
 
 

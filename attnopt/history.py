@@ -14,6 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from attnopt.checkpoints import write_json
 from attnopt.convert import mechanisms
+from attnopt.modules import with_whole_parameters
 
 _TRAINING_KEYS = ("loss", "match", "kl", "ce", "l1", "learning_rate", "grad_norm")
 _EVALUATION_KEYS = ("kl", "ce", "perplexity", "top1", "teacher_perplexity")
@@ -63,22 +64,24 @@ class History(TrainerCallback):
     ) -> None:
         """Add what is known to the row of this step."""
         known = {key: value for key, value in (logs or {}).items() if key in KEYS}
-        if not known or not state.is_world_process_zero:
+        if not known:
+            return
+        coefficients = _coefficients(model)  # FSDP gathers them, with the help of all processes
+        if not state.is_world_process_zero:
             return
         if not self.rows or self.rows[-1]["step"] != state.global_step:
             self.rows.append({"step": state.global_step})
-            self._snapshot(state, model)
+            self._snapshot(state, coefficients)
         self.rows[-1].update(known, **self._cost())
         labels = {str(i): names for i, m in _mechanisms(model).items() if (names := m.labels())}
         content = {"rows": self.rows, "coefficients": self.coefficients, "labels": labels}
         write_json(self.path, content)
 
-    def _snapshot(self, state: TrainerState, model: nn.Module | None) -> None:
+    def _snapshot(self, state: TrainerState, coefficients: dict[str, Any]) -> None:
         last = self.coefficients[-1]["step"] if self.coefficients else -math.inf
         due = state.global_step - last >= state.max_steps / SNAPSHOTS
         if due or state.global_step == state.max_steps:
-            entry = {"step": state.global_step, "layers": _coefficients(model)}
-            self.coefficients.append(entry)
+            self.coefficients.append({"step": state.global_step, "layers": coefficients})
 
     def _cost(self) -> dict[str, float]:
         cost = {
@@ -121,7 +124,10 @@ def _mechanisms(model: nn.Module | None) -> dict[int, Any]:
 
 
 def _coefficients(model: nn.Module | None) -> dict[str, dict[str, list]]:
-    found = {i: mechanism.coefficients() for i, mechanism in _mechanisms(model).items()}
+    found = {
+        index: with_whole_parameters(mechanism, lambda m: m.coefficients())
+        for index, mechanism in _mechanisms(model).items()
+    }
     return {
         str(index): {kind: values.detach().float().tolist() for kind, values in named.items()}
         for index, named in found.items()

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from attnopt.modules import forward_as
+
 Direction = Literal["forward", "reverse"]
 DIRECTIONS = ("forward", "reverse")
 # Logits that exist at a time: 16 MiB in fp32, and a handful of tensors of that size. For GPT-2's
@@ -99,14 +101,8 @@ def head_computes(model: PreTrainedModel, function: Callable[[HeadInput], Any]) 
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the output head must be a torch.nn.Linear; got {type(head).__name__}")
-    attributes = vars(head)
-    before = {k: v for k, v in attributes.items() if k == "forward"}  # somebody else's wrapper
-    attributes["forward"] = lambda hidden: function(HeadInput(hidden, head.weight, head.bias))
-    try:
+    with forward_as(head, lambda hidden: function(HeadInput(hidden, head.weight, head.bias))):
         yield
-    finally:
-        del attributes["forward"]
-        attributes.update(before)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -126,9 +122,12 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def head_input(model: nn.Module, unwrapped: PreTrainedModel, **inputs: Tensor) -> HeadInput:
-    """Run the model on inputs, without gradient, as far as its output head."""
+    """Run the model on inputs, without gradient, as far as its output head.
+
+    It makes no cache: with one, transformers would not look for packed documents.
+    """
     with torch.no_grad(), head_computes(unwrapped, lambda given: given):
-        return model(**inputs).logits
+        return model(**inputs, use_cache=False).logits
 
 
 def shifted_labels(labels: Tensor, mask: Tensor | None = None) -> Tensor:

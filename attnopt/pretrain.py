@@ -42,14 +42,15 @@ def pretrain(
     text_column: str | None = None,
     validation: str | None = None,
     max_eval_tokens: int | None = 16_384,
+    packed: bool = False,
     resume: bool = False,
     argv: list[str] | None = None,
     **training: Any,
 ) -> Path:
     """Train a GPT-2 from scratch and return the folder with the model and its tokenizer.
 
-    data, text_column, validation: as for `attnopt.data.load_blocks`. tokenizer: "bytes", or the
-    folder or Hub id of a tokenizer. layers, width, heads, context: the model's shape; heads
+    data, text_column, validation, packed: as for `attnopt.data.load_blocks`. tokenizer: "bytes",
+    or the folder or Hub id of a tokenizer. layers, width, heads, context: the model's shape; heads
     divide the width. training: fields of TrainingArguments; DEFAULTS holds the recipe.
 
     Beside the model lie pretrain.json, history.json and, with save_strategy, checkpoints/.
@@ -77,9 +78,15 @@ def pretrain(
     )
 
     def blocks(split: Split, max_tokens: int | None) -> Any:
-        source: dict[str, Any] = {"text_column": text_column, "validation": validation}
         return load_blocks(
-            data, words, block_size=context, split=split, max_tokens=max_tokens, **source
+            data,
+            words,
+            block_size=context,
+            split=split,
+            text_column=text_column,
+            validation=validation,
+            max_tokens=max_tokens,
+            packed=packed,
         )
 
     set_seed(args.seed)
@@ -93,13 +100,14 @@ def pretrain(
         callbacks=[History(output / "history.json")],
     )
     train(trainer, resume)
+    trainer.save_model(str(output))  # in all processes, for FSDP needs them
     if trainer.is_world_process_zero():
-        trainer.save_model(str(output))
         record = {
             "command": "pretrain",
             "argv": list(sys.argv if argv is None else argv),
             "versions": versions(),
             "data": data,
+            "packed": packed,
             "parameters": model.num_parameters(),
             "training": training_settings(args),
         }

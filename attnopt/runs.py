@@ -36,6 +36,8 @@ _SETTINGS = (
     "direction",
     "temperature",
     "train_parameters",
+    "lora_rank",
+    "lora_alpha",
     "max_steps",
     "match_steps",
     "num_train_epochs",
@@ -139,9 +141,15 @@ def finish_distributed() -> None:
     Without leaving, some ranks of a finished run exit with an error; without waiting, a rank that
     is done early can hang while its last collective is being torn down.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() == "gloo":
+        # The thread that ends gloo's own barrier needs the GIL, with which the end of the group
+        # waits for that thread: now and then for ever. This barrier has no thread.
+        torch.distributed.monitored_barrier()
+    else:
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers import (
 from attnopt.attention.favor.module import redraw
 
 if TYPE_CHECKING:
-    from attnopt.trainer import DistillationArguments
+    from attnopt.arguments import DistillationArguments
 
 
 def stage_schedule(

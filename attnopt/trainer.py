@@ -1,29 +1,38 @@
 """The Trainer that distills: transformers' own, with a teacher in its loss and its evaluation."""
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from attnopt.arguments import OWN_TEACHER, DistillationArguments
 from attnopt.attention.base import AttentionMechanism
-from attnopt.checkpoints import WRITE_ERRORS, discard, mark_complete
+from attnopt.checkpoints import WRITE_ERRORS, discard, mark_complete, write_folder
 from attnopt.convert import dense_attention, mechanisms
 from attnopt.data import collate
 from attnopt.errors import UserError
 from attnopt.history import ProgressBar
+from attnopt.lora import (
+    adapters,
+    add_adapters,
+    load_adapters,
+    merge_adapters,
+    save_adapters,
+    without_adapters,
+)
 from attnopt.losses import (
-    Direction,
     HeadInput,
-    Objective,
     TokenLosses,
     check_head,
     head_computes,
@@ -39,91 +48,13 @@ from attnopt.matching import (
     variance,
 )
 from attnopt.metrics import row_metrics, summarize
+from attnopt.modules import with_whole_parameters
 from attnopt.stages import Redraw, StageBorder, stage_schedule
 
-TRAINABLE = ("coefficients", "attention", "all")
+logger = logging.get_logger(__name__)
+
 # Weight decay pulls to zero, which means nothing for these parameters of a mechanism.
 _NEVER_DECAYED = re.compile(r"alpha|gate|position")
-
-
-@dataclass
-class DistillationArguments(TrainingArguments):
-    """TrainingArguments with the distillation objective; see `attnopt.losses.Objective`.
-
-    The first `match_steps` of all `max_steps` match the attention layer by layer (see
-    `attnopt.matching`), the others train the objective. The learning rate follows a cosine after a
-    warm-up, in each of these stages. The best checkpoint is the one with the
-    lowest validation KL, or cross-entropy where no KL is trained, and is never rotated away.
-    """
-
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence."})
-    ce_weight: float = field(default=0.0, metadata={"help": "Weight of next-token cross-entropy."})
-    l1_weight: float = field(default=0.0, metadata={"help": "Weight of the L1 of coefficients."})
-    direction: Direction = field(
-        default="forward", metadata={"help": "forward: KL(teacher||student)."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Softens both sides of the KL."})
-    train_parameters: str = field(
-        default="attention",
-        metadata={"help": "coefficients, attention (of converted layers) or all."},
-    )
-    coefficient_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the coefficients, if not the same."}
-    )
-    match_steps: int = field(
-        default=0, metadata={"help": "How many of the steps match the attention, at first."}
-    )
-    match_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of those steps, if not the same."}
-    )
-    redraw_every: int | None = field(
-        default=None, metadata={"help": "Draw random features anew after so many steps."}
-    )
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "See TrainingArguments."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a share of them."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "See TrainingArguments."})
-    logging_steps: float = field(default=10, metadata={"help": "See TrainingArguments."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "See TrainingArguments."})
-    report_to: Any = field(default="none", metadata={"help": "See TrainingArguments."})
-
-    def __post_init__(self) -> None:
-        self.objective()
-        if self.train_parameters not in TRAINABLE:
-            raise ValueError(
-                f"train_parameters must be one of {TRAINABLE}; got {self.train_parameters!r}"
-            )
-        if not self.l1_weight >= 0:
-            raise ValueError(f"l1_weight must not be negative; got {self.l1_weight}")
-        self._check_stages()
-        if self.save_total_limit == 1:
-            raise ValueError("save_total_limit must be at least 2: a torn checkpoint needs another")
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = "kl" if self.kl_weight else "ce"
-            self.greater_is_better = False
-        # said explicitly, because transformers otherwise refuses bf16 without an accelerator
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        super().__post_init__()
-
-    def _check_stages(self) -> None:
-        if self.match_steps < 0 or 0 < self.max_steps < self.match_steps:
-            raise ValueError(
-                f"match_steps must be in 0..max_steps={self.max_steps}; got {self.match_steps}"
-            )
-        if self.match_learning_rate is not None:
-            if not self.match_steps:
-                raise ValueError("match_learning_rate has no meaning with match_steps=0")
-            if not self.learning_rate > 0:
-                raise ValueError(
-                    "match_learning_rate needs a learning_rate above 0 (for match_steps alone, "
-                    f"set max_steps to as many); got {self.learning_rate}"
-                )
-        if self.redraw_every is not None and self.redraw_every < 1:
-            raise ValueError(f"redraw_every must be at least 1; got {self.redraw_every}")
-
-    def objective(self) -> Objective:
-        """Return the objective; raises ValueError for values it refuses."""
-        return Objective(self.kl_weight, self.ce_weight, self.direction, self.temperature)
 
 
 class DistillationTrainer(Trainer):
@@ -131,8 +62,9 @@ class DistillationTrainer(Trainer):
 
     model: the student. Which of its parameters train is set here (`train_parameters`).
     teacher: a second model, frozen here and run in evaluation mode. None where only coefficients
-    train: then the student under its original softmax attention is the teacher, and there is no
-    second model in memory. None, too, with kl_weight 0: plain language modelling.
+    or adapters train: then the student without them, under its original softmax attention, is the
+    teacher, and there is no second model in memory. None, too, with kl_weight 0: plain language
+    modelling.
 
     Raises ValueError for a missing teacher, another vocabulary or an unsupported output head.
     """
@@ -149,28 +81,31 @@ class DistillationTrainer(Trainer):
                 "several GPUs in one process are not supported: start one process per GPU with "
                 "torchrun -m attnopt, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if args.lora_rank and args.lora_alpha:  # both are set where adapters train
+            add_adapters(model, args.lora_rank, args.lora_alpha)
         set_trainable(model, args.train_parameters)
         for checked in (model, teacher):
             if checked is not None:
                 check_head(checked)
         _check_learns(model, teacher, args)
         wanted = args.kl_weight > 0 or args.match_steps > 0
-        if teacher is None and wanted and args.train_parameters != "coefficients":
+        if teacher is None and wanted and args.train_parameters not in OWN_TEACHER:
             raise ValueError(
                 "a teacher is needed: the student can teach itself only while its base weights "
-                f"are frozen (train_parameters='coefficients'; got {args.train_parameters!r})"
+                f"are frozen (train_parameters in {OWN_TEACHER}; got {args.train_parameters!r})"
             )
         if args.match_steps and args.train_parameters == "all":
             args.ddp_find_unused_parameters = True  # matching uses those of attention alone
         super().__init__(
             model=model, args=args, data_collator=collate, compute_metrics=_summary, **kwargs
         )
-        if args.match_steps and self.is_fsdp_enabled:
-            raise UserError("match_steps is not possible with FSDP: use DDP, or leave it out")
+        self._prepare_fsdp()
         self.objective = args.objective()
         self.model_accepts_loss_kwargs = False  # else the loss grows with accumulation steps
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        if self.teacher is not None:
+        if self.teacher is not None and self.is_fsdp_enabled:
+            self.teacher = fsdp2_prepare_model(self.accelerator, self.teacher)
+        elif self.teacher is not None:
             self.teacher.to(args.device)
         self._terms: dict[str, list[Tensor]] = {}  # of the loss, since the last log
         self._variances: dict[int, Tensor] | None = None  # of the teacher's attention, by layer
@@ -180,6 +115,27 @@ class DistillationTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar)
         self.remove_callback(PrinterCallback)
+
+    def _prepare_fsdp(self) -> None:
+        """Refuse what FSDP cannot do here, and say where it is not what was asked for.
+
+        Its own mixed precision rounds all parameters, those of mechanisms too, and the losses: it
+        gives way to autocast, as everywhere else.
+        """
+        if not self.is_fsdp_enabled:
+            if self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+                logger.warning(
+                    "FSDP was asked for, but accelerate shards over accelerators only: on these "
+                    f"devices ({self.args.device.type}) every process holds the whole model (DDP)"
+                )
+            return
+        if self.args.match_steps:
+            raise UserError("match_steps is not possible with FSDP: use DDP, or leave it out")
+        if not self.accelerator.is_fsdp2:
+            raise UserError("FSDP version 1 is not supported: set fsdp_version to 2")
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     # ---- the loss
 
@@ -205,7 +161,8 @@ class DistillationTrainer(Trainer):
             outputs, terms = self._imitate(model, inputs, labels)
             loss = outputs.logits.loss
             if weighed := _with_coefficients(self._student()):
-                l1 = torch.stack([m.l1_penalty() for m in weighed]).mean()
+                penalties = [with_whole_parameters(m, lambda m: m.l1_penalty()) for m in weighed]
+                l1 = torch.stack(penalties).mean()
                 loss = loss + self.args.l1_weight * l1
                 terms["l1"] = l1.detach()
         for name, value in terms.items():
@@ -222,7 +179,7 @@ class DistillationTrainer(Trainer):
             return token_losses(student, teacher, labels, mask, self.objective)
 
         with head_computes(self._student(), head):
-            outputs = model(**inputs)
+            outputs = model(**inputs, use_cache=False)
         losses: TokenLosses = outputs.logits
         terms = {"ce": losses.ce} if teacher is None else {"kl": losses.kl, "ce": losses.ce}
         return outputs, terms
@@ -252,11 +209,14 @@ class DistillationTrainer(Trainer):
 
     def _run_teacher(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> HeadInput:
         if self.teacher is not None:
-            with self.accelerator.autocast():
-                return head_input(self.teacher, self.teacher, **inputs)
+            return head_input(self.teacher, self.teacher, **inputs)
         student = self._student()
-        with evaluating(student), dense_attention(student):
+        with evaluating(student), dense_attention(student), without_adapters(student):
             return head_input(model, student, **inputs)
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        """Autocast for all of compute_loss: accelerate wraps neither the teacher nor FSDP in it."""
+        return self.accelerator.autocast()
 
     def _student(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
@@ -282,8 +242,9 @@ class DistillationTrainer(Trainer):
         """Return (None, sums [B, 5], counts [B, 2]) of `attnopt.metrics` in the place of logits."""
         inputs = self._prepare_inputs(inputs)
         labels, mask = inputs.pop("labels"), inputs.get("attention_mask")
-        teacher = self._teach(model, inputs)
-        student = head_input(model, self._student(), **inputs)
+        with self.compute_loss_context_manager():
+            teacher = self._teach(model, inputs)
+            student = head_input(model, self._student(), **inputs)
         return None, *row_metrics(student, teacher, labels, mask)
 
     # ---- optimizer
@@ -320,9 +281,56 @@ class DistillationTrainer(Trainer):
 
     # ---- checkpoints
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; where adapters train, only them and the mechanisms.
+
+        The rest is the teacher's then, and what is saved cannot be taken for a whole model. FSDP
+        has files of its own to go on from.
+        """
+        if not adapters(self.model):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save and not self.is_fsdp_enabled:
+            save_adapters(self.model, Path(output_dir or self.args.output_dir))
+
+    def save_student(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the trained student to a folder as a model of its own; all processes call this.
+
+        Its weights, but for those of mechanisms, become `dtype`, and adapters are merged into
+        them, so this ends the training.
+        """
+        student, state = self._student(), None
+        merge_adapters(student)
+        own = {id(p) for m in mechanisms(student).values() for p in m.parameters()}
+        cast = {name: p for name, p in student.named_parameters() if id(p) not in own}
+        for parameter in cast.values():
+            parameter.data = parameter.data.to(dtype)
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)  # whole, on the first process
+            for tied in student.all_tied_weights_keys:  # gathered once more, so no longer shared
+                state.pop(tied, None)
+            state |= {name: x.to(dtype) for name, x in state.items() if name in cast}
+        if self.args.should_save:
+            write_folder(folder, lambda path: self._save(str(path), state_dict=state))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        sharded = any(folder.glob("pytorch_model_fsdp*"))
+        if sharded != self.is_fsdp_enabled:
+            how = "with" if sharded else "without"
+            raise UserError(f"{folder} was written {how} FSDP: resume it in the same way")
+        if not load_adapters(self._student(), folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_adapters(self._student(), Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # or the best one is not known to be there
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -332,7 +340,8 @@ class DistillationTrainer(Trainer):
 
 
 def set_trainable(model: PreTrainedModel, parameters: str) -> None:
-    """Freeze all but "coefficients", "attention" (of converted layers, with them) or "all".
+    """Freeze all but "coefficients", "attention" (of converted layers, with them) or "all"; with
+    "lora" all but the coefficients and the adapters that the model has.
 
     Raises ValueError when nothing is left to train.
     """
@@ -343,6 +352,7 @@ def set_trainable(model: PreTrainedModel, parameters: str) -> None:
         trained = [model.get_submodule(name.rpartition(".")[0]) for name, _ in own]
     else:
         trained = [mechanism for _, mechanism in own]
+        trained += adapters(model) if parameters == "lora" else []
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)

@@ -27,11 +27,15 @@ def test_the_newest_whole_checkpoint_is_found_by_number(checkpoints):
     assert newest_complete(checkpoints / "nothing") is None
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "unmarked", "half a marker"])
-def test_torn_checkpoints_are_passed_over(checkpoints, harm, caplog):
+@pytest.mark.parametrize("harm", ["truncate", "extend", "remove", "unmarked", "half a marker"])
+def test_torn_checkpoints_are_passed_over_with_a_warning(checkpoints, harm, monkeypatch):
+    said = []
+    monkeypatch.setattr("attnopt.checkpoints.logger.warning", said.append)
     newest = checkpoints / "checkpoint-10"
     if harm == "truncate":
         os.truncate(newest / "weights", 50)
+    elif harm == "extend":
+        os.truncate(newest / "inner" / "state", 11)
     elif harm == "remove":
         (newest / "inner" / "state").unlink()
     elif harm == "unmarked":
@@ -39,6 +43,7 @@ def test_torn_checkpoints_are_passed_over(checkpoints, harm, caplog):
     else:
         os.truncate(newest / MARKER, 9)
     assert newest_complete(checkpoints).name == "checkpoint-9"
+    assert said == [f"skipping {newest}: it is incomplete or was truncated"]
     with pytest.raises(UserError, match="checkpoint-10 is incomplete or was truncated"):
         load_model(newest)
 

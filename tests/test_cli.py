@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from attnopt import NSA, Favor, First, LastK, Masks, NthLast, UserError, Window, __version__, cli
+from attnopt import (
+    NSA,
+    Favor,
+    First,
+    LastK,
+    Masks,
+    NthLast,
+    Routing,
+    UserError,
+    Window,
+    __version__,
+    cli,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "pretrain", "distill", "evaluate", "generate", "report", "doctor")
@@ -98,9 +110,9 @@ def test_distill_passes_everything_on(run, recorded):
     calls = recorded(module, "distill")
     flags = "--window 7 --sinks 2 --per-head --init random --layers 0,2-4 --steps 12 --bf16"
     more = "--resume --max-train-tokens 999 --max-eval-tokens 333 "
-    more += "--batch-size 3 --learning-rate 0.01 --train all --direction reverse --temperature 2"
+    more += "--batch-size 3 --learning-rate 0.01 --train lora --direction reverse --temperature 2"
     data = "--validation-data v.txt --text-column body --block-size 64 --patience 2 --seed 5"
-    stages = "--match-steps 8 --match-learning-rate 0.5"
+    stages = "--match-steps 8 --match-learning-rate 0.5 --lora-rank 4 --lora-alpha 6"
     weights = "--kl-weight 0.5 --ce-weight 0.25 --l1-weight 0.125 --gradient-accumulation 6"
     words = "distill --model gpt2 --data d.txt --output out".split()
     words += f"{flags} {more} {data} {weights} {stages}".split()
@@ -118,7 +130,8 @@ def test_distill_passes_everything_on(run, recorded):
     assert training.keys() <= {field.name for field in fields(module.DistillationArguments)}
     expected = {"max_steps": 20, "match_steps": 8, "match_learning_rate": 0.5, "redraw_every": None}
     expected |= {"per_device_train_batch_size": 3, "learning_rate": 0.01}
-    expected |= {"train_parameters": "all", "direction": "reverse", "temperature": 2.0, "seed": 5}
+    expected |= {"train_parameters": "lora", "lora_rank": 4, "lora_alpha": 6.0}
+    expected |= {"direction": "reverse", "temperature": 2.0, "seed": 5}
     expected |= {"kl_weight": 0.5, "ce_weight": 0.25, "l1_weight": 0.125, "bf16": True}
     expected |= {"gradient_accumulation_steps": 6}
     assert expected.items() <= training.items()
@@ -202,6 +215,19 @@ def test_sparse_attention_is_read(run, recorded, flags, config):
     assert calls[0]["config"] == config
 
 
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [("", Routing()), ("--clusters 16 --window 32", Routing(num_clusters=16, window=32))],
+)
+def test_routing_is_read(run, recorded, flags, config):
+    from attnopt import distill as module
+
+    calls = recorded(module, "distill")
+    status, _, err = run(*DISTILL, "--attention", "routing", *flags.split())
+    assert status == 0, err
+    assert calls[0]["config"] == config
+
+
 def test_pretrain_passes_everything_on(run, recorded):
     from attnopt import pretrain as module
 
@@ -220,10 +246,12 @@ def test_evaluate_prints_the_comparison(run, monkeypatch, write_run, tmp_path):
     folder, calls = write_run(tmp_path / "a"), []
     evaluation = json.loads((folder / "evaluation.json").read_text())
     monkeypatch.setattr(module, "evaluate", lambda *a, **k: calls.append((a, k)) or evaluation)
-    status, out, _ = run("evaluate", folder, "--data", "d.txt", "--max-tokens", "77")
+    flags = "--data d.txt --max-tokens 77 --block-size 12 --stride 6 --text"
+    status, out, _ = run("evaluate", folder, *flags.split())
     assert status == 0
     assert calls[0][0] == (folder,)
-    assert calls[0][1]["data"] == "d.txt" and calls[0][1]["max_tokens"] == 77
+    expected = {"data": "d.txt", "max_tokens": 77, "block_size": 12, "stride": 6, "text": True}
+    assert expected.items() <= calls[0][1].items()
     for words in ("last-3", "zero-shot", "trained", "1.050", "95.2 %", "1.62 nats/token"):
         assert words in out, out
 
@@ -268,6 +296,8 @@ DISTILL = ("distill", "--model", "m", "--data", "demo", "--output", "o")
         ((*DISTILL, "--attention", "nsa", "--compress-stride", "8"), "must be select_block, 32"),
         ((*DISTILL, "--attention", "nsa", "--combine", "gates", "--num-selected", "2"),
          "num_selected counts 3 forced blocks; got 2"),
+        ((*DISTILL, "--clusters", "8"), "--clusters has no meaning with --attention lastk"),
+        ((*DISTILL, "--attention", "routing", "--clusters", "0"), "num_clusters must be"),
         ((*DISTILL, "--steps", "0"), "--steps and --match-steps are both 0"),
         ((*DISTILL, "--attention", "masks", "--mask", "last:3"), "--mask takes nth:N"),
         ((*DISTILL, "--layers", "1,x"), "--layers takes numbers and ranges"),

@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. A module may import from its own layer and from layers below, never from above.
 LAYERS = """
-errors kernels.common kernels.rows kernels.checks kernels.dispatch kernels.interpreter
+errors kernels.common kernels.rows kernels.checks
+kernels.dispatch kernels.interpreter kernels.packing
 kernels.*.*
 kernels.*.op
 kernels.* testing testing.* attention.config attention.*.config
 attention attention.* attention.*.*
-convert convert.* calibration
-hub checkpoints data demo_text losses metrics history matching stages trainer runs distill
-pretrain evaluate generate samples report report.* doctor
+convert convert.* calibration nn
+hub checkpoints modules lora arguments data demo_text generate teacher_text losses
+metrics text_metrics history matching stages trainer runs distill
+pretrain evaluate samples report report.* doctor
 bench.* bench.*.*
 demo demo_recipe
 cli cli_attention cli_bench
@@ -216,20 +218,19 @@ def test_files_and_functions_stay_small(name):
             assert node.end_lineno - node.lineno < 120, f"{name}.{node.name} is too long"
 
 
-def declared() -> tuple[set[str], set[str]]:
-    """Distributions named in pyproject.toml: (run time, run time and development)."""
+def declared(*extras: str) -> set[str]:
+    """Distributions named in pyproject.toml: those of run time, and of these extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [
-        {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines}
-        for lines in (project["dependencies"], project["optional-dependencies"]["dev"])
-    ]
-    return names[0], names[0] | names[1]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines}
 
 
-def third_party(tree: ast.AST) -> set[str]:
-    """Top-level names of foreign packages that a tree imports."""
+def third_party(nodes) -> set[str]:
+    """Top-level names of foreign packages that these nodes import."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -238,24 +239,25 @@ def third_party(tree: ast.AST) -> set[str]:
 
 
 def test_every_dependency_is_declared_and_used():
-    run_time, _ = declared()
-    used = set().union(*map(third_party, TREES.values()))
-    assert used <= run_time, f"imported but not declared: {used - run_time}"
-    needed_by_trainer = {"accelerate"}
-    assert run_time - needed_by_trainer <= used, f"declared but unused: {run_time - used}"
+    run_time, optional = declared(), declared("lora") - declared()
+    now = set().union(*(third_party(nodes_now(tree)) for tree in TREES.values()))
+    used = set().union(*(third_party(ast.walk(tree)) for tree in TREES.values()))
+    assert now <= run_time, f"imported but not declared: {now - run_time}"
+    assert used == run_time | optional, f"undeclared or unused: {used ^ (run_time | optional)}"
+    assert optional <= declared("dev"), "`make test` runs without it"
 
 
 @pytest.mark.parametrize("folder", ["tests", "bench/suites"])
 def test_development_dependencies_are_declared(folder):
-    _, everything = declared()
+    everything = declared("dev")
     paths = sorted((ROOT / folder).rglob("*.py"))
     local = {path.stem for path in paths}
     for path in paths:
-        used = third_party(ast.parse(path.read_text()))
+        used = third_party(ast.walk(ast.parse(path.read_text())))
         assert used - local <= everything, f"{path.name} imports {used - everything - local}"
 
 
 def test_constraints_cover_every_dependency():
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
     pinned = {name.lower().replace("-", "_") for name in pinned}
-    assert declared()[1] - pinned == {"triton"}, "torch brings the triton that fits it"
+    assert declared("dev") - pinned == {"triton"}, "torch brings the triton that fits it"

@@ -36,10 +36,10 @@ def run(teacher, text, folder, steps=6, config=None, **options):
     return distill(teacher, config or LastK(window=3), text, folder, max_eval_tokens=160, **options)
 
 
-def trainer_of(student, tmp_path, text, teacher=None, **options):
+def trainer_of(student, tmp_path, text, teacher=None, packed=False, **options):
     """A trainer on a text that saves nothing."""
     arguments = {**QUIET, "max_steps": 1, "save_strategy": "no", **options}
-    blocks = load_blocks(text, BYTES, block_size=CONTEXT, max_tokens=400)
+    blocks = load_blocks(text, BYTES, block_size=CONTEXT, max_tokens=400, packed=packed)
     return DistillationTrainer(
         student,
         DistillationArguments(output_dir=str(tmp_path), **arguments),
