@@ -108,7 +108,7 @@ def distill(
     writer = student.to(args.device) if parse(data) else student  # what it writes, it writes dense
     train_blocks = _blocks(about, words, "train", args.seed, max_train_tokens, writer)
     eval_blocks = _blocks(about, words, "validation", args.seed, max_eval_tokens, writer)
-    dtype, student = student.dtype, _without_dropout(convert(student, config, layers))
+    dtype, student = student.dtype, without_dropout(convert(student, config, layers))
     if source is not None:
         student.float()  # bf16 weights would round most of their updates away
     trainer = DistillationTrainer(
@@ -187,10 +187,14 @@ def _stopping(patience: int | None) -> list[Patience]:
     return [] if patience is None else [Patience(patience)]
 
 
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Set every probability of dropout to 0 in place, its config as it is; return the model."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # of layers that call the function themselves
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family, tokens
 from squares import write_squares
 from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights, write_teacher
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
 from attnopt.checkpoints import newest_complete
-from attnopt.distill import DistillationArguments, DistillationTrainer
+from attnopt.convert.families import FAMILIES
+from attnopt.distill import DistillationArguments, DistillationTrainer, without_dropout
 from attnopt.errors import UserError
 from attnopt.runs import check_fits, load_model, load_tokenizer
 from attnopt.trainer import set_trainable
@@ -32,6 +34,16 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.causal])
+def test_no_student_has_dropout(name):
+    """Modules of dropout, and layers that call the function or leave out whole layers."""
+    model = tiny_family(name, attention_dropout=0.5, dropout=0.5).train()
+    x = tokens(2, 8)
+    with torch.no_grad():
+        first, second = without_dropout(model)(x).logits, model(x).logits
+    assert torch.equal(first, second)
 
 
 def test_a_run_folder_holds_what_the_others_read(teacher, text, tmp_path):
