@@ -14,6 +14,7 @@ from attnopt.kernels.favor import (
     favor_attention,
     favor_decode,
 )
+from attnopt.kernels.favor.plan import fits
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.testing import force_triton
 
@@ -262,11 +263,31 @@ def test_triton_refuses_float64() -> None:
 
 
 @needs_triton
-def test_triton_refuses_more_features_than_it_holds() -> None:
-    inputs = make_inputs() | {"projection": torch.zeros(257, 8, device=DEVICE)}
-    with pytest.raises(ValueError, match="256.*257.*eager"), force_triton():
-        favor_attention(**inputs, backend="triton")
-    assert favor_attention(**inputs, backend="eager").isfinite().all()
+@pytest.mark.parametrize(
+    ("dim", "count", "dtype"),
+    [
+        (8, 257, torch.float32),
+        (128, 129, torch.float32),
+        (256, 16, torch.float16),
+        (128, 257, torch.bfloat16),
+        (512, 65, torch.bfloat16),
+    ],
+)
+def test_triton_refuses_a_state_that_it_cannot_hold(dim, count, dtype) -> None:
+    q, k, v = torch.zeros(3, 1, 1, 4, dim, device=DEVICE, dtype=dtype)
+    projection = torch.zeros(count, dim, device=DEVICE)
+    with force_triton():
+        with pytest.raises(ValueError, match=f"{count} features of heads of {dim}.*eager"):
+            favor_attention(q, k, v, projection, backend="triton")
+        assert favor_attention(q, k, v, projection).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "count", "dtype"),
+    [(128, 128, torch.float32), (64, 256, torch.float16), (128, 256, torch.bfloat16)],
+)
+def test_triton_holds_states_up_to_a_size(dim, count, dtype) -> None:
+    assert fits(torch.zeros(1, 1, 1, dim, dtype=dtype), count)
 
 
 def zeros(*shape: int, **options) -> Tensor:

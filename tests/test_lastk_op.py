@@ -12,6 +12,7 @@ from attention_inputs import BACKENDS, DEVICE, launching
 from torch import Tensor
 
 from attnopt.kernels.lastk import lastk_attention, lastk_decode, sliding_window_attention
+from attnopt.kernels.lastk.op import MAX_DIM
 from attnopt.kernels.lastk.reference import lastk_reference
 from attnopt.testing import force_triton
 
@@ -180,6 +181,18 @@ def test_auto_is_triton_when_forced() -> None:
         auto, triton = lastk_attention(**inputs), lastk_attention(**inputs, backend="triton")
     assert torch.equal(auto, triton)
     assert not torch.equal(auto, lastk_attention(**inputs, backend="eager"))  # other rounding
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+def test_large_heads_are_eager() -> None:
+    """The kernels' tiles of more than 256 columns exceed the shared memory of a GPU."""
+    q = torch.randn(1, 1, 5, MAX_DIM + 1, device=DEVICE)
+    weights = torch.randn(3, device=DEVICE)
+    expected = lastk_attention(q, q, q, weights, backend="eager")
+    with force_triton():
+        assert torch.equal(lastk_attention(q, q, q, weights), expected)
+        with pytest.raises(ValueError, match="head_dim up to 256; got 257"):
+            lastk_attention(q, q, q, weights, backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

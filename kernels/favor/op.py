@@ -21,7 +21,7 @@ from attnopt.kernels.favor.arguments import (
     check_state,
     count_features,
 )
-from attnopt.kernels.favor.plan import MAX_FEATURES
+from attnopt.kernels.favor.plan import fits
 from attnopt.kernels.favor.reference import favor_reference
 from attnopt.kernels.favor.state import EMPTY, FavorState, cut_ring, join_ring
 from attnopt.kernels.interpreter import prepare_interpreter
@@ -92,8 +92,9 @@ def favor_attention(
             below about 10.
         initial_state: what an earlier call returned; its tokens come before these.
         return_state: also return the state after these tokens.
-        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses. "relu", "taylor"
-            and more than 256 features have no Triton kernel.
+        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses. "relu", "taylor",
+            more than 256 features, and states of more than 128 x 128 numbers (bf16: 256 x 128)
+            have no Triton kernel.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `q` (under autocast, in its dtype), and with
@@ -222,8 +223,8 @@ def _choose_backend(backend: str, q: Tensor, feature_map: str, num_features: int
     lacks = None
     if feature_map not in TRITON_FEATURE_MAPS:
         lacks = f"feature_map={feature_map!r}"
-    elif num_features > MAX_FEATURES:
-        lacks = f"more than {MAX_FEATURES} features ({num_features})"
+    elif not fits(q, num_features):
+        lacks = f"{num_features} features of heads of {q.shape[3]} in {q.dtype}"
     if lacks and backend == "auto":
         backend = "eager"
     if lacks and backend == "triton":

@@ -9,6 +9,8 @@ from torch import Tensor
 
 MAX_FEATURES = 256
 FP32_OPERANDS = (torch.float32, torch.float16)
+# What fits the shared memory of a processor, 227 KiB on sm_90: head dimension, numbers of a state.
+LARGEST = {True: (128, 128 * 128), False: (512, 256 * 128)}  # with operands of four bytes, of two
 PROCESSORS = 132  # assumed where the device does not say
 # Tokens of a segment per feature: its state, M x D in fp32, is written and read some three times.
 TOKENS_PER_FEATURE = 8
@@ -56,6 +58,13 @@ class Plan:
 def power_of_two(number: int) -> int:
     """The next power of two, at least 16: what a tile of a matrix product needs."""
     return max(16, 1 << (number - 1).bit_length())
+
+
+def fits(q: Tensor, num_features: int) -> bool:
+    """Whether the Triton kernels hold a state of M features for inputs like `q` `[B, H, N, D]`."""
+    features, cols = power_of_two(num_features), power_of_two(q.shape[3])
+    largest, numbers = LARGEST[q.dtype in FP32_OPERANDS]
+    return num_features <= MAX_FEATURES and cols <= largest and features * cols <= numbers
 
 
 def make_plan(

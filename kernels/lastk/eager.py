@@ -5,7 +5,7 @@
 Queries are cut into blocks of C tokens. A block reads a *window* of L = (r + 1) C keys: its own and
 the r blocks before it, r = ceil((W - 1) / C). Keys and values lie in one flat buffer of blocks, so
 that all windows are one overlapping strided view and a whole segment is a single `bmm`. The window
-of a sequence's first blocks reaches into its neighbour in the buffer; the mask hides it.
+of a sequence's first blocks reaches into its neighbor in the buffer; the mask hides it.
 Sinks are a second, dense tile of T keys for every query; the band skips the tokens they own.
 
 Forward saves the log-sum-exp of each row; backward recomputes the probabilities from it:

@@ -22,6 +22,8 @@ from attnopt.kernels.lastk.both_ways import check_direction, look_ahead
 from attnopt.kernels.lastk.reference import lastk_reference
 from attnopt.kernels.packing import lay_out_inputs
 
+MAX_DIM = 256  # head dimension that the Triton kernels hold in registers and shared memory
+
 
 def lastk_attention(
     q: Tensor,
@@ -59,7 +61,8 @@ def lastk_attention(
             document each and nothing is read from the device. None groups documents by length.
         scale: factor of the scores, `1/sqrt(D)` by default.
         causal: False for both directions, with Nq = Nk.
-        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses.
+        backend: "auto", "triton", "eager" or "reference"; only "auto" chooses. A head dimension
+            above 256 has no Triton kernel.
 
     Returns:
         `[B, H, Nq, D]` in the dtype of `q` (under autocast, in its dtype). A row that sees no key
@@ -88,7 +91,7 @@ def lastk_attention(
         check_head_weights("sink_log_weights", sink_log_weights, q, minimum=0)
     scale = check_scale(scale, q.shape[3])
     check_direction(causal, q, k, log_weights)
-    backend = resolve_backend(backend, q)
+    backend = choose_backend(backend, q)
     if backend == "reference":
         return lastk_reference(
             q, k, v, log_weights, sink_log_weights=sink_log_weights, key_mask=key_mask,
@@ -198,6 +201,30 @@ def lastk_decode(
             q, k, v, log_weights, sink_log_weights=sink_log_weights, key_mask=key_mask,
             scale=scale, backend=backend,
         )
+
+
+def choose_backend(backend: str, q: Tensor) -> str:
+    """As `resolve_backend`, but "auto" is eager for a head dimension too large for the kernels.
+
+    Args:
+        backend: "auto", "triton", "eager" or "reference".
+        q: `[B, H, Nq, D]`.
+
+    Returns:
+        "triton", "eager" or "reference".
+
+    Raises:
+        ValueError: backend="triton" with a larger head dimension, or where Triton cannot run.
+    """
+    chosen = resolve_backend(backend, q)
+    if chosen != "triton" or q.shape[3] <= MAX_DIM:
+        return chosen
+    if backend == "auto":
+        return "eager"
+    raise ValueError(
+        f"backend='triton' takes head_dim up to {MAX_DIM}; got {q.shape[3]} (backend='eager' "
+        "takes more)"
+    )
 
 
 @torch.library.custom_op("attnopt::lastk_forward", mutates_args=())
