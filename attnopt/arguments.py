@@ -93,6 +93,9 @@ class DistillationArguments(TrainingArguments):
             self.lora_alpha = self.lora_alpha or 2 * self.lora_rank
 
     def _check_stages(self) -> None:
+        terms = self.kl_weight + self.ce_weight + self.l1_weight
+        if terms == 0 and not 0 < self.max_steps == self.match_steps:
+            raise ValueError("nothing to train: kl_weight, ce_weight and l1_weight are all 0")
         if self.match_steps < 0 or 0 < self.max_steps < self.match_steps:
             raise ValueError(
                 f"match_steps must be in 0..max_steps={self.max_steps}; got {self.match_steps}"

@@ -152,6 +152,9 @@ def evaluate(
         raise UserError(f"{student} is not a run folder (no run.json): pass --teacher and --data")
     if about and not (run / "student").is_dir():
         raise UserError(f"{run} has no student yet: finish it with attnopt distill --resume")
+    asked = parse(data)
+    if stride and asked is not None and asked.prompts is None:
+        raise UserError("--stride is for text in one piece: the teacher writes many short ones")
     own = data == about.get("data")
     split: Split = "validation" if own and is_file(data) else "test"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +188,6 @@ def evaluate(
         stride=stride,
         batch_size=batch_size,
     )
-    asked = parse(data)
     read = data if asked is None or asked.prompts is None else asked.prompts
     result = {"data": read, "split": split, **result}
     if about:

@@ -72,8 +72,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             embed_dim, num_heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first,
             device=device, dtype=dtype,
         )  # fmt: skip
-        # PyTorch's layers ask this before they bypass forward; here it says no more than that.
-        self._qkv_same_embed_dim = False
         weight = self.out_proj.weight
         with weight.device:
             self.mechanism = build_mechanism(
@@ -182,6 +180,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
 
+    def _reset_parameters(self) -> None:
+        """Initialize the projections as PyTorch does; its constructor ends with this."""
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        # PyTorch's layers ask this before they bypass forward; here it says no more than that.
+        self._qkv_same_embed_dim = False
+
     def _by_row(self, x: Tensor) -> Tensor:
         """An input as `[B, N, ...]`."""
         if x.dim() == 2:
@@ -238,8 +243,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 def replace_attention(model: _Model, attention: Config, *, causal: bool = False) -> _Model:
     """Replace every `torch.nn.MultiheadAttention` within a model, in place.
 
-    The cross-attention of PyTorch's decoder layers (`multihead_attn`) stays as it is. Encoders no
-    longer turn padded batches into nested tensors. Dropout on attention weights becomes 0.
+    The cross-attention of PyTorch's decoder layers (`multihead_attn`) stays as it is, and so do
+    subclasses of the module, parametrized ones among them. Encoders no longer turn padded batches
+    into nested tensors. Dropout on attention weights becomes 0.
 
     Args:
         model: what holds them; base weights stay the same parameters.

@@ -176,8 +176,11 @@ def _load(cls: Any, name: str | Path) -> Any:
         raise UserError(f"there is no {kind} folder {name}")
     # Without network only what was downloaded before can be had, and then at once.
     offline = not local and why_unreachable("model", str(name), flag=f"--{kind}") is not None
+    options: dict[str, Any] = {"local_files_only": offline}
+    if kind == "model":  # where peft is installed its adapters are looked for first
+        options["adapter_kwargs"] = {"local_files_only": offline}
     try:
-        return cls.from_pretrained(str(name), local_files_only=offline)
+        return cls.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         hint = "; the Hub cannot be reached, so name a local folder" if offline else ""
         raise UserError(f"cannot load the {kind} {name}: {one_line(error)}{hint}") from error

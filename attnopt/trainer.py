@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
     teacher: a second model, frozen here and run in evaluation mode. None where only coefficients
     or adapters train: then the student without them, under its original softmax attention, is the
     teacher, and there is no second model in memory. None, too, with kl_weight 0: plain language
-    modelling.
+    modeling.
 
     Raises ValueError for a missing teacher, another vocabulary or an unsupported output head.
     """

@@ -191,6 +191,7 @@ def test_early_stopping_keeps_the_best(teacher, text, tmp_path):
         ({"direction": "up"}, "direction must be one of"),
         ({"l1_weight": -1.0}, "l1_weight must not be negative; got -1.0"),
         ({"save_total_limit": 1}, "at least 2"),
+        ({"kl_weight": 0.0}, "nothing to train: kl_weight, ce_weight and l1_weight are all 0"),
     ],
 )
 def test_arguments_are_checked(tmp_path, wrong, message):
@@ -215,6 +216,22 @@ def test_mistakes_before_training_are_explained(teacher, text, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to the output folder .*file"):
         run(teacher, text, tmp_path / "file" / "run")
+
+
+def test_without_network_no_adapter_is_looked_for_on_the_hub(monkeypatch):
+    """Transformers looks for one before the model, where peft is installed, and would retry."""
+    monkeypatch.setattr("attnopt.runs.why_unreachable", lambda *a, **k: "no route")
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", refuse)
+    with pytest.raises(UserError, match="cannot load the model someone/model: .*local folder"):
+        load_model("someone/model")
+    assert not asked
 
 
 def test_a_used_folder_is_not_overwritten(teacher, text, tmp_path):

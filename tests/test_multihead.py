@@ -220,6 +220,22 @@ def test_from_torch_shares_and_says_what_changed(caplog) -> None:
     assert not theirs
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 5}])
+def test_starts_as_torchs_does(options: dict) -> None:
+    torch.manual_seed(0)
+    torchs = nn.MultiheadAttention(WIDTH, HEADS, **options)
+    torch.manual_seed(0)
+    ours = MultiheadAttention(WIDTH, HEADS, WIDE, **options)
+    for again in (False, True):
+        if again:
+            torch.manual_seed(1)
+            torchs._reset_parameters()
+            torch.manual_seed(1)
+            ours._reset_parameters()
+        own = dict(ours.named_parameters())
+        assert all(torch.equal(own[name], x) for name, x in torchs.named_parameters())
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_state_dicts(nested: bool) -> None:
     def wrap(module):

@@ -308,4 +308,6 @@ def test_a_student_learns_from_it_and_is_evaluated(text, tmp_path, prompts):
         assert result["tokens"] == len(expected) * LENGTH
     else:
         assert (result["data"], result["tokens"]) == (spec, 100 // LENGTH * LENGTH)
+        with pytest.raises(UserError, match="--stride is for text in one piece"):
+            evaluate(done, stride=4)
     assert len(sample_run(done, max_new_tokens=2)) > 0

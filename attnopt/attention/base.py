@@ -176,7 +176,7 @@ class AttentionMechanism(nn.Module):
         return None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise in place; random numbers are drawn on the CPU, by default from torch's own.
+        """Initialize in place; random numbers are drawn on the CPU, by default from torch's own.
 
         So `torch.manual_seed` fixes them, and they do not depend on the device of the model.
         """

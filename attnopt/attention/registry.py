@@ -87,7 +87,7 @@ def build_mechanism(
     layer_idx: int,
     causal: bool = True,
 ) -> AttentionMechanism:
-    """Build the module that a config describes, initialised.
+    """Build the module that a config describes, initialized.
 
     Args:
         config: a mechanism's config.

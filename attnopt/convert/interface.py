@@ -2,7 +2,7 @@
 
 `attention` and `key_mask` are registered under one name, so that every layer reaches `attention`
 with the whole 2-D mask of real tokens. `check_inputs` runs before the backbone and refuses what the
-mechanisms cannot honour; `pass_context` runs before each converted layer and hands over what the
+mechanisms cannot honor; `pass_context` runs before each converted layer and hands over what the
 attention function would not see: the layer's input and its part of the cache.
 
 Packed documents are rows without mask and cache whose `position_ids` restart with each document.

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import attnopt.kernels.lastk.op  # noqa: F401 - registers the operators of the band
 from attnopt.kernels.checks import check_key_mask, check_qkv, check_scale
-from attnopt.kernels.dispatch import harmonize_autocast, operator_body, resolve_backend
+from attnopt.kernels.dispatch import harmonize_autocast, operator_body
+from attnopt.kernels.lastk.op import choose_backend  # and registers the operators of the band
 
 TILE = 128  # C
 _NOWHERE = 2**20  # cluster of padding
@@ -95,7 +95,7 @@ def routing_attention(
                 f"{name}_clusters must be int64 {list(like.shape[:3])}; got {clusters.dtype} "
                 f"{list(clusters.shape)}"
             )
-    scale, backend = check_scale(scale, q.shape[3]), resolve_backend(backend, q)
+    scale, backend = check_scale(scale, q.shape[3]), choose_backend(backend, q)
     window = min(window, k.shape[2])
     out, _ = torch.ops.attnopt.routing_forward(
         q, k, v, query_clusters, key_clusters, key_mask, window, scale, backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnopt.attention.config import BACKENDS, Config, check_choice, check_count
+from attnopt.attention.config import Config, check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Routing(Config):
         num_clusters: c. With balanced clusters a query sees `window + N / c` of N tokens.
         window: tokens seen whatever their cluster, the token itself included; at least 1.
         decay: share of a centroid that one training step keeps, in (0, 1]; 1 lets it stay.
-        backend: of the window: "auto", "triton", "eager" or "reference"; only "auto" chooses.
+        backend: of the window: "auto", "triton" or "eager"; only "auto" chooses.
 
     Raises:
         ValueError: a value outside these.
@@ -40,4 +40,4 @@ class Routing(Config):
         number = isinstance(self.decay, int | float) and not isinstance(self.decay, bool)
         if not number or not 0 < self.decay <= 1:
             raise ValueError(f"decay must be a number in (0, 1]; got {self.decay!r}")
-        check_choice("backend", self.backend, BACKENDS)
+        check_choice("backend", self.backend, ("auto", "triton", "eager"))
