@@ -16,12 +16,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What the same script does in seconds: `make nightly` runs it as it is printed.
 QUICK = {
     "convert_and_distill.py": ["--teacher-steps", "4", "--steps", "2"],
-    "measure_scaling.py": ["--seconds", "25", "--longest", "512"],
+    "measure_scaling.py": ["--seconds", "90", "--longest", "256"],
     "your_own_model.py": [],
 }
 EXPECTED = {
     "convert_and_distill.py": ["converted 4 layers to NSA", "student: KL", "'Return the"],
-    "measure_scaling.py": ["lastk-5: N = 512", "favor-64: N = 512", "nsa-merged: N = 512", "page:"],
+    "measure_scaling.py": ["lastk-5: N = 256", "favor-64: N = 256", "nsa-merged: N = 256", "page:"],
     "your_own_model.py": ["agrees with its definition", "largest weights: [19, 19]"],
 }
 
