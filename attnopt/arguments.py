@@ -1,5 +1,6 @@
 """Settings of a distillation: transformers' own, with the objective and its stages."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,10 @@ class DistillationArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
         super().__post_init__()
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if self.max_steps > 0 and value and value < 1:  # as the Trainer does, and compares
+                setattr(self, name, math.ceil(value * self.max_steps))
 
     def _check_adapters(self) -> None:
         given = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}

@@ -110,10 +110,15 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint-N of a folder, with a warning for each newer torn one."""
+def newest_complete(folder: Path, below: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint-N of a folder, with a warning for each newer torn one.
+
+    below: take only those with N below it.
+    """
     found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-    for _, checkpoint in sorted(found, reverse=True):
+    for step, checkpoint in sorted(found, reverse=True):
+        if below is not None and step >= below:
+            continue
         if is_complete(checkpoint):
             return checkpoint
         logger.warning(f"skipping {checkpoint}: it is incomplete or was truncated")

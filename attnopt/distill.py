@@ -1,5 +1,6 @@
 """Distillation from start to end: a converted copy of a model learns to give the same answers."""
 
+import json
 import random
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from attnopt.arguments import OWN_TEACHER
 from attnopt.attention import Config
 from attnopt.calibration import calibrate
-from attnopt.checkpoints import prepare_folder, write_json
+from attnopt.checkpoints import prepare_folder, read_json, write_json
 from attnopt.convert import convert, mechanisms
 from attnopt.data import Split, collate, load_blocks
 from attnopt.errors import UserError
@@ -129,6 +130,7 @@ def distill(
         "training": training_settings(args)
         | {"bf16": trainer.accelerator.mixed_precision == "bf16"},  # the launcher's word counts too
     }
+    _check_continues(output, about)
     if trainer.is_world_process_zero():
         write_json(output / "run.json", about)
     _calibrate(student, trainer.train_dataset, args.seed)
@@ -172,6 +174,22 @@ def _check_unused(output: Path, resume: bool) -> None:
         raise UserError(
             f"{output} already holds a run: continue it with --resume, or choose another folder"
         )
+
+
+def _check_continues(output: Path, about: Mapping[str, Any]) -> None:
+    """Raise UserError where a run to go on with has other mechanisms or learns something else."""
+    before = read_json(output / "run.json")
+    if not before:
+        return
+    for name, was, now in (
+        ("attention", before["attention"], about["attention"]),
+        ("--train", *(run["training"]["train_parameters"] for run in (before, about))),
+    ):
+        if was != json.loads(json.dumps(now)):
+            raise UserError(
+                f"{output} holds a run with another {name}, {was}; got {now}: choose another "
+                "folder, or the same options"
+            )
 
 
 def _arguments(

@@ -101,10 +101,15 @@ def check_fits(
 
 
 def train(trainer: DistillationTrainer, resume: bool) -> None:
-    """Train from the start, or from the newest whole checkpoint, and evaluate at the end."""
-    found = newest_complete(Path(trainer.args.output_dir)) if resume else None
+    """Train from the start, or from the newest whole checkpoint, and evaluate at the end.
+
+    From that of the last step the Trainer would go one step too far: then from the one before.
+    """
+    args = trainer.args
+    last = args.max_steps if args.max_steps > 0 else None
+    found = newest_complete(Path(args.output_dir), below=last) if resume else None
     if found is not None:
-        trainer.args.eval_on_start = False  # done before, and early stopping counts evaluations
+        args.eval_on_start = False  # done before, and early stopping counts evaluations
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     evaluated = [log["step"] for log in trainer.state.log_history if "eval_ce" in log]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family
 from small_gpt2 import MIXED, tiny, tokens
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from attnopt import LastK, convert, from_pretrained, mechanisms, revert
+from attnopt.convert.families import FAMILIES
 
 
 @pytest.fixture
@@ -105,6 +112,19 @@ def test_set_attn_implementation_switches(saved):
     assert torch.equal(dense(x).logits, model(x).logits)
     model.set_attn_implementation("attnopt")
     assert not torch.equal(dense(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_what_was_loaded_can_be_reverted_and_converted_again(tmp_path, name):
+    tiny_family(name).save_pretrained(tmp_path / "plain")
+    auto = AutoModelForCausalLM if FAMILIES[name].causal else AutoModelForMaskedLM
+    model = convert(auto.from_pretrained(tmp_path / "plain"), LastK(3))
+    assert model.config.model_type == f"attnopt_{name}"
+    model.save_pretrained(tmp_path / "student")
+    model = from_pretrained(tmp_path / "student")
+    logits = model(tokens()).logits
+    assert revert(model).config.model_type == name
+    assert torch.equal(convert(model, LastK(3))(tokens()).logits, logits)
 
 
 def test_from_pretrained_names_what_it_found(tmp_path):

@@ -298,6 +298,21 @@ def test_a_killed_run_goes_on_bit_for_bit(teacher, text, tmp_path, caplog):
     assert histories[0] == histories[1]
 
 
+def test_a_finished_run_stays_what_it_is(teacher, text, tmp_path, caplog):
+    options = {"steps": 5, "eval_steps": 0.5, "save_steps": 0.5, "folder": tmp_path / "run"}
+    run(teacher, text, **options)
+    student, rows = weights(tmp_path / "run" / "student"), read(tmp_path / "run" / "history.json")
+    run(teacher, text, resume=True, **options)
+    torch.testing.assert_close(weights(tmp_path / "run" / "student"), student, rtol=0, atol=0)
+    steps = [[row["step"] for row in found["rows"]] for found in (
+        rows, read(tmp_path / "run" / "history.json"))]  # fmt: skip
+    assert steps[0] == steps[1] and steps[0][-1] == 5
+    assert "do not match" not in caplog.text  # eval_steps 0.5 and 3 are the same
+    for other in ({"config": LastK(window=2)}, {"train_parameters": "all"}):
+        with pytest.raises(UserError, match="holds a run with another (attention|--train), .*same"):
+            run(teacher, text, resume=True, **options, **other)
+
+
 def too_small_a_disk(folder):
     """The system refuses files of more than 2 kB, as it refuses more than a disk holds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -68,6 +68,7 @@ def convert(
     dense = model.config._attn_implementation
     new_config = copy.deepcopy(model.config)
     new_config.__class__ = CONFIGS[family.model_type]
+    vars(new_config).pop("model_type", None)  # configs from disk hold it: the class's counts
     setattr(new_config, NAME, {str(index): configs[index].to_dict() for index in sorted(configs)})
     new_config._attn_implementation = NAME
     _set_config(model, new_config)
@@ -94,6 +95,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     detach(converted)
     config = copy.deepcopy(converted.config)
     config.__class__ = type(config).__base__
+    vars(config).pop("model_type", None)
     delattr(config, NAME)
     config._attn_implementation = converted.dense_implementation
     if config.architectures == [type(converted).__name__]:
