@@ -93,3 +93,19 @@ def _write_run(folder, window=3, sinks=0, heads=1, ratio=1.05, control=1.62, ski
 def write_run():
     """Function that writes a small run folder as the commands would: see _write_run."""
     return _write_run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text file of 300 lines that a small model can learn something from."""
+    from squares import write_squares
+
+    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a tiny teacher with its tokenizer."""
+    from tiny_runs import write_teacher
+
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_family, tokens
-from squares import write_squares
-from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights, write_teacher
+from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
@@ -24,16 +23,6 @@ from attnopt.runs import check_fits, load_model, load_tokenizer
 from attnopt.trainer import set_trainable
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.causal])

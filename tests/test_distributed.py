@@ -9,8 +9,7 @@ import psutil
 import pytest
 import torch
 from launch import ECONOMICAL, FSDP, SUPPORT, command, torchrun
-from squares import write_squares
-from tiny_runs import read, run, trainer_of, weights, write_teacher
+from tiny_runs import read, run, trainer_of, weights
 
 from attnopt import LastK, convert, from_pretrained, mechanisms
 from attnopt.checkpoints import newest_complete
@@ -40,16 +39,6 @@ JOBS = {
     ),
     "fsdp-bf16": (FSDP, {"train_parameters": "all", "bf16": True, "steps": 2}),
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from families import tiny_family
 from safetensors.torch import load_file
-from squares import write_squares
-from tiny_runs import CONTEXT, read, run, trainer_of, weights, write_teacher
+from tiny_runs import CONTEXT, read, run, trainer_of, weights
 
 import attnopt.distill as distillation
 from attnopt import LastK, convert, dense_attention, from_pretrained, mechanisms
@@ -19,16 +18,6 @@ from attnopt.trainer import DistillationArguments, set_trainable
 
 IDS = torch.arange(2 * CONTEXT).view(2, CONTEXT) % 50 + 1
 LORA = {"train_parameters": "lora", "lora_rank": 4}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @torch.no_grad()

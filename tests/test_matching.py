@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from squares import write_squares
-from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights, write_teacher
+from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, weights
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,16 +18,6 @@ from attnopt.stages import stage_schedule
 from attnopt.trainer import DistillationArguments
 
 COST = {"wall_seconds", "cpu_seconds", "cpu_memory_mb", "gpu_memory_mb"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_gpt2 import tiny
 from small_llama import tiny_llama
-from tiny_runs import BYTES, CONTEXT, read, run, trainer_of, write_teacher
+from tiny_runs import BYTES, CONTEXT, read, run, trainer_of
 
 from attnopt import NSA, Favor, LastK, calibrate, convert, dense_attention, mechanisms
 from attnopt.data import collate, load_blocks
@@ -32,11 +32,6 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def beginnings(blocks):

@@ -5,24 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from squares import write_squares
-from tiny_runs import QUIET, read, run, trainer_of, weights, write_teacher
+from tiny_runs import QUIET, read, run, trainer_of, weights
 
 from attnopt import Favor, LastK, convert, mechanisms
 from attnopt.distill import distill
 from attnopt.report import write_report
 from attnopt.runs import load_model
 from attnopt.stages import Redraw
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model")
 
 
 def feature_run(teacher, text, folder, steps=4, **options):

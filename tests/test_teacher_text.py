@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_gpt2 import VOCABULARY, tiny
-from squares import write_squares
 from tiny_runs import BYTES, run, write_teacher
 
 from attnopt import UserError, teacher_text
@@ -42,11 +41,6 @@ def cache(tmp_path, monkeypatch):
 def teacher():
     torch.manual_seed(0)
     return small_gpt2(BYTES, layers=1, width=16, heads=2, context=LENGTH)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_squares(tmp_path_factory.mktemp("text") / "text.txt", 300)
 
 
 def draw(teacher, asked=ASKED, count=96, **options):
