@@ -21,8 +21,8 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnopt.demo_text import docstring_documents
-from attnopt.errors import UserError
-from attnopt.hub import one_line, why_unreachable
+from attnopt.errors import UserError, one_line
+from attnopt.hub import why_unreachable
 from attnopt.teacher_text import PROMPT_SHARE, TeacherText, parse, sample_texts
 
 Split = Literal["train", "validation", "test"]

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnopt.errors import one_line
+
 State = Literal["ok", "note", "problem"]
 
 # Relative Frobenius error of an fp32 op against float64: TF32 on a GPU stays far below it.
@@ -67,7 +69,7 @@ def examine() -> list[Finding]:
         try:
             found += look()
         except Exception as error:  # a missing or broken package breaks what is built on it
-            found.append(Finding(section, "all", "problem", _line(error)))
+            found.append(Finding(section, "all", "problem", _failure(error)))
     return found
 
 
@@ -177,7 +179,7 @@ def _try_op(case: Any, inputs: dict[str, Any], backend: str) -> Finding:
             for key, x in found.items()
         }
     except Exception as error:
-        return Finding("Ops", f"  {backend}", "problem", _line(error))
+        return Finding("Ops", f"  {backend}", "problem", _failure(error))
     seconds, worst = time.perf_counter() - start, max(errors, key=lambda key: errors[key])
     good = all(error <= LIMIT for error in errors.values())
     text = (
@@ -228,8 +230,8 @@ def _room() -> Iterator[Finding]:
     yield Finding(section, "memory", "ok" if memory.available >= LOW_MEMORY else "note", text)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _failure(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:

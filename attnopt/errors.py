@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user."""
+"""The one exception that stands for a mistake of the user, and other errors in one line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints ``error: <message>`` and exits with status 2, without a traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -3,14 +3,9 @@
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from attnopt.errors import UserError
+from attnopt.errors import UserError, one_line
 
 _TIMEOUT_S = 5.0
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def why_unreachable(kind: str, name: str, *, flag: str) -> str | None:

@@ -23,8 +23,8 @@ from attnopt.checkpoints import (
     write_folder,
 )
 from attnopt.convert import mechanisms
-from attnopt.errors import UserError
-from attnopt.hub import one_line, why_unreachable
+from attnopt.errors import UserError, one_line
+from attnopt.hub import why_unreachable
 from attnopt.trainer import DistillationArguments, DistillationTrainer
 
 _START = "mechanisms.safetensors"
